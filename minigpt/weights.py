@@ -1,0 +1,125 @@
+"""Step 7: read a published GPT-2 checkpoint, and write one.
+
+Our parameter names are the checkpoint's and our weights lie as it stores them, so reading is three small repairs:
+strip the `transformer.` prefix, drop the causal-mask buffers of old files, drop the head where it is the embedding.
+
+Before: model.py.  After: sampler.py.  Twin: hf_bridge/weights.py.  Proof: tests/test_weights.py.
+"""
+
+import dataclasses
+import os
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from minigpt import config as config_step
+from minigpt.files import WeightsError, resolve, weight_files, write_json
+from minigpt.model import GPT
+
+BUFFERS = (
+    ".attn.bias",
+    ".attn.masked_bias",
+)  # old files carry the mask; `attn.c_attn.bias` is not one of them
+HEAD = "lm_head.weight"
+PREFIX = "transformer."
+
+
+def load(
+    name_or_path: str | Path,
+    *,
+    dtype: torch.dtype | None = None,
+    device: torch.device | str = "cpu",
+) -> GPT:
+    """Build the model that config.json describes and fill it; ready for inference (eval mode).
+
+    `dtype` None keeps the file's. Each tensor is read once, straight into its place: memory stays near the
+    file's size. Raises WeightsError for files that are missing, damaged, or of another model; a weight that
+    the file lacks is an error, never a fresh random one.
+    """
+    folder = resolve(name_or_path)
+    config = config_step.read(folder)
+    tensors = read_tensors(folder, dtype=dtype, device=device)
+    head = tensors.pop(HEAD, None)
+    if config.tie_word_embeddings and head is not None:
+        wte = tensors.get("wte.weight")
+        if wte is None or not torch.equal(head, wte):  # a head of its own, whatever the config says
+            config = dataclasses.replace(config, tie_word_embeddings=False)
+    if not config.tie_word_embeddings and head is not None:
+        tensors[HEAD] = head
+    with torch.device("meta"):
+        model = GPT(config)
+    check_tensors(model, tensors, folder)
+    model.load_state_dict(tensors, assign=True)
+    return model.eval()
+
+
+def read_tensors(
+    folder: Path, *, dtype: torch.dtype | None = None, device: torch.device | str = "cpu"
+) -> dict[str, Tensor]:
+    """Every tensor of a directory's safetensors files under our names; mask buffers left out."""
+    tensors = {}
+    for path in weight_files(folder):
+        try:
+            with safe_open(path, framework="pt", device=str(device)) as file:
+                for name in file.keys():
+                    if not name.endswith(BUFFERS):
+                        tensors[name.removeprefix(PREFIX)] = file.get_tensor(name).to(dtype=dtype)
+        except SafetensorError as error:
+            raise WeightsError(f"{path} {_diagnose(path, error)}") from error
+    return tensors
+
+
+def check_tensors(model: GPT, tensors: dict[str, Tensor], folder: Path) -> None:
+    """Raise WeightsError, naming up to three, for tensors that are missing, unknown, or of another shape."""
+    expected = {name: tuple(parameter.shape) for name, parameter in model.state_dict().items()}
+    found = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+    wrong = [
+        f"{name} is {found[name]}, config.json says {expected[name]}"
+        for name in expected
+        if name in found and found[name] != expected[name]
+    ]
+    for what, names in (
+        ("tensors missing", [name for name in expected if name not in found]),
+        ("tensors unknown to GPT-2", [name for name in found if name not in expected]),
+        ("tensors of another shape", wrong),
+        ("tensors that are no floats", [n for n in found if not tensors[n].is_floating_point()]),
+    ):
+        if names:
+            more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+            raise WeightsError(f"{folder} has {what}: {', '.join(names[:3])}{more}")
+
+
+def save(model: GPT, folder: str | Path) -> None:
+    """Write config.json and model.safetensors in Hugging Face's layout, a tied head once.
+
+    Each file is written beside its place and renamed, so a full disk leaves the old ones whole.
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    tensors = {
+        name if name == HEAD else PREFIX + name: tensor.detach().contiguous()
+        for name, tensor in model.state_dict().items()
+    }
+    dtype = str(model.wte.weight.dtype).removeprefix("torch.")
+    temporary = folder / ".model.safetensors.part"
+    try:
+        save_file(tensors, temporary, metadata={"format": "pt"})
+        os.replace(temporary, folder / "model.safetensors")
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    write_json(folder / "config.json", {**config_step.to_dict(model.config), "dtype": dtype})
+
+
+def _diagnose(path: Path, error: SafetensorError) -> str:
+    """Say what the file is, if it is not safetensors."""
+    with open(path, "rb") as file:
+        head = file.read(64)
+    if head.startswith(b"version https://git-lfs"):
+        return "is a Git LFS pointer, not the weights: run `git lfs pull` there"
+    if head.lstrip()[:1] == b"<":
+        return "is a web page, not the weights: download it again"
+    return f"is not a whole safetensors file ({error}): download it again"
