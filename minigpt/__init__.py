@@ -5,7 +5,8 @@ Letters, everywhere in this repository:
     H heads   D head size   C = H * D width   L layers
     V vocabulary   P longest context   R LoRA rank   W sliding window
 
-Read in this order: config, tokenizer, mask, attention, cache, model, weights, sampler, generate, engine.
+Read in this order: config, tokenizer, mask, attention, cache, model, weights, sampler, generate,
+engine.
 
 Beside the steps: files (where a model is and how it is written), __main__ (the command line).
 """

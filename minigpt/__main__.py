@@ -1,4 +1,4 @@
-"""The command line: python -m minigpt generate|tokenize …, the same flags as python -m hf_bridge."""
+"""The command line: python -m minigpt COMMAND …, the same flags as python -m hf_bridge."""
 
 import argparse
 import sys
@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one command; 0 if it worked, 2 for what the user gave, 1 for what failed on the system."""
+    """Run one command: 0 if it worked, 2 for what the user gave, 1 for a failure of the system."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     # Hands know both spellings of a flag, --top_p and --top-p.
     arguments = [

@@ -23,9 +23,9 @@ def attend(
 ) -> Tensor:
     """Weigh the values of the visible keys: the equation above, written out.
 
-    q is (B, H, T, D); k and v are (B, H, S, D); mask is boolean and broadcasts to (B, H, T, S); None is
-    the causal one, the queries being the last T of S. `dropout` zeroes weights with that probability.
-    Returns (B, H, T, D).
+    q is (B, H, T, D); k and v are (B, H, S, D); mask is boolean and broadcasts to (B, H, T, S);
+    None is the causal one, the queries being the last T of S. `dropout` zeroes weights with that
+    probability. Returns (B, H, T, D).
 
     >>> one = torch.ones(1, 1, 1, 2)
     >>> attend(one, one, 7 * one).tolist()              # a single key gets all the weight
@@ -42,7 +42,7 @@ def attend(
 def attend_fused(
     q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, dropout: float = 0.0
 ) -> Tensor:
-    """The same function through PyTorch's fused kernel, which never holds the (T, S) scores at once."""
+    """The same function through PyTorch's fused kernel, which never holds all (T, S) scores."""
     T, S = q.shape[-2], k.shape[-2]
     causal = mask is None and T == S > 1
     if mask is None and 1 < T < S:  # the kernel's own is_causal would align a chunk to the top left
@@ -53,7 +53,8 @@ def attend_fused(
 class Conv1D(nn.Module):
     """GPT-2's linear layer, x W + b: its weight is (inputs, outputs), as the checkpoint stores it.
 
-    nn.Linear would want the transpose. For one row this orientation is also the faster one on a CPU.
+    nn.Linear would want the transpose. For one row this orientation is also the faster one on a
+    CPU.
 
     >>> layer = Conv1D(2, 3)
     >>> tuple(layer.weight.shape), tuple(layer(torch.ones(5, 2)).shape)

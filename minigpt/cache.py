@@ -1,8 +1,9 @@
 """Step 5: keep keys and values instead of recomputing them.
 
-A past token's keys and values never change, since it cannot see what comes later. `FullCache` keeps them all,
-in buffers allocated once. `WindowCache` keeps what a sliding window can still see: a ring of W slots (and the
-sinks before it), in which the newest token takes the place of the one that just left the window.
+A past token's keys and values never change, since it cannot see what comes later. `FullCache`
+keeps them all, in buffers allocated once. `WindowCache` keeps what a sliding window can still
+see: a ring of W slots (and the sinks before it), in which the newest token takes the place of the
+one that just left the window.
 
     slot(c) = c                            for the first `sinks` columns c
               sinks + (c - sinks) mod W    for all others
@@ -38,9 +39,9 @@ class ContextOverflow(ValueError):
 class FullCache:
     """Keys and values of every token, all layers.
 
-    `length` tokens are held; `padding` is None or (B, 1), each row's number of left padding columns.
-    `append` leaves `length` alone and the model calls `advance` at the end of its forward, so an
-    interrupted forward leaves the cache as it was.
+    `length` tokens are held; `padding` is None or (B, 1), each row's number of left padding
+    columns. `append` leaves `length` alone and the model calls `advance` at the end of its
+    forward, so an interrupted forward leaves the cache as it was.
 
     >>> cache = FullCache(GPTConfig(n_embd=2, n_head=1, n_layer=1), 1, 3, like=torch.empty(0))
     >>> k, v = cache.append(0, torch.ones(1, 1, 2, 2), torch.ones(1, 1, 2, 2)); cache.advance(2)
@@ -71,13 +72,13 @@ class FullCache:
         self.padding = padding
 
     def columns(self, T: int) -> Tensor:
-        """(S,): the columns that `append` of T more tokens will return; ContextOverflow if they do not fit."""
+        """(S,): the columns that `append` of T more tokens will return, or ContextOverflow."""
         if self.length + T > self.capacity:
             raise ContextOverflow(self.length + T, self.capacity)
         return torch.arange(self.length + T, device=self.keys.device)
 
     def append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Store T new (B, H, T, D) keys and values; return all S of them, (B, H, S, D), as views."""
+        """Store T new (B, H, T, D) keys and values; return all S as views, (B, H, S, D)."""
         end = self.length + k.shape[-2]
         self.keys[layer][:, :, self.length : end] = k
         self.values[layer][:, :, self.length : end] = v
@@ -88,13 +89,13 @@ class FullCache:
         self.length += T
 
     def truncate(self, length: int) -> bool:
-        """Forget all but the first `length` tokens; False, and nothing changed, if that cannot be done."""
+        """Forget all but the first `length` tokens; False, nothing changed, if it cannot."""
         self.length = min(self.length, length)
         return True
 
 
 class WindowCache:
-    """Keys and values of the last `window` tokens and the first `sinks`; the same calls as FullCache.
+    """Keys and values of the last `window` tokens and the first `sinks`; calls as in FullCache.
 
     >>> config = GPTConfig(n_embd=2, n_head=1, n_layer=1)
     >>> cache = WindowCache(config, 1, window=3, sinks=1, like=torch.empty(0))
@@ -136,7 +137,7 @@ class WindowCache:
         return torch.cat([self.held, new])
 
     def append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Store T new (B, H, T, D) keys and values; return those that these T may see, (B, H, S, D)."""
+        """Store T new (B, H, T, D) keys and values; return what these T may see, (B, H, S, D)."""
         T = k.shape[-2]
         keys, values = self.keys[layer], self.values[layer]
         if T > 1:
@@ -155,7 +156,7 @@ class WindowCache:
         self.length += T
 
     def truncate(self, length: int) -> bool:
-        """Forget all but the first `length` tokens; False if the ring has overwritten what they need."""
+        """Forget all but the first `length` tokens; False if the ring has overwritten some."""
         if length >= self.length:
             return True
         if self.length > self.sinks + self.window:
@@ -169,7 +170,7 @@ class WindowCache:
         return torch.where(columns < self.sinks, columns, ring)
 
     def _kept(self, T: int, device: torch.device) -> Tensor:
-        """Which of T new tokens still have a slot at the end: the last W, and sinks among the others."""
+        """Which of T new tokens have a slot in the end: the last W, and sinks among the others."""
         new = torch.arange(T, device=device)
         return new[(new >= T - self.window) | (self.length + new < self.sinks)]
 
@@ -178,7 +179,7 @@ Cache = FullCache | WindowCache
 
 
 def _buffers(config: GPTConfig, batch_size: int, slots: int, like: Tensor) -> tuple[Tensor, Tensor]:
-    """(L, B, H, slots, D) twice. Zeros: an empty slot gets no weight, but 0 * NaN would still be NaN."""
+    """(L, B, H, slots, D) twice. Zeros, since the 0 weight of an empty slot times NaN is NaN."""
     shape = (2, config.n_layer, batch_size, config.n_head, slots, config.head_size)
     keys, values = like.new_zeros(shape)
     return keys, values

@@ -1,6 +1,7 @@
 """Step 1: the numbers that define a GPT-2.
 
-Radford et al. 2019, table 2, gives the sizes; the field names are those of the published config.json.
+Radford et al. 2019, table 2, gives the sizes; the field names are those of the published
+config.json.
 
 Before: nothing.  After: tokenizer.py.  Twin: hf_bridge/config.py.  Proof: tests/test_config.py.
 """
@@ -13,7 +14,7 @@ from typing import Any
 
 from minigpt.files import read_json
 
-# What these fields may say in a config.json. Any other value is a different model, with the same shapes.
+# What these fields may say. Any other value is another model, with the same shapes.
 FIXED = {
     "model_type": ("gpt2",),
     "activation_function": ("gelu_new", "gelu_pytorch_tanh"),
@@ -82,7 +83,7 @@ class GPTConfig:
 
 
 def from_dict(published: Mapping[str, Any]) -> GPTConfig:
-    """Read the fields of a published config.json; fields that do not change the mathematics are ignored.
+    """Read a published config.json; fields that do not change the mathematics are ignored.
 
     Raises ValueError for a model that is not a GPT-2 of this form.
 

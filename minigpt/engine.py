@@ -1,7 +1,7 @@
 """Step 17: what a chat drives. Messages in, token ids out; the cache is kept from turn to turn.
 
-A turn's prompt is the last turn's prompt, its reply, and something new. The engine finds how much of it the cache
-already holds and computes only the rest.
+A turn's prompt is the last turn's prompt, its reply, and something new. The engine finds how much
+of it the cache already holds and computes only the rest.
 
 Before: generate.py.  After: nothing.  Twin: hf_bridge/engine.py.  Proof: tests/test_engine.py.
 """
@@ -22,9 +22,9 @@ ROLES = {"system": "", "user": "User: ", "assistant": "Assistant: "}
 class Engine:
     """One model, its tokenizer and one conversation's cache.
 
-    `stop` are texts that end a reply besides the end token; `reused` says how many tokens of the last
-    prompt the cache already held. Streams may overlap: the cache belongs to one at a time, another
-    starts from an empty one.
+    `stop` are texts that end a reply besides the end token; `reused` says how many tokens of the
+    last prompt the cache already held. Streams may overlap: the cache belongs to one at a time,
+    another starts from an empty one.
     """
 
     def __init__(self, model: GPT, tokenizer: Tokenizer, name: str):
@@ -52,7 +52,7 @@ class Engine:
         sliding_window: int | None = None,
         attention_sinks: int = 0,
     ) -> "Engine":
-        """Load model and tokenizer. Defaults: a GPU if there is one; float32 on a CPU, which has no fast half."""
+        """Load model and tokenizer; by default onto a GPU if there is one, else in float32."""
         device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         if dtype is None and device.type == "cpu":
             dtype = torch.float32
@@ -78,15 +78,15 @@ class Engine:
         return StreamDecoder(self.tokenizer, skip_special_tokens=True)
 
     def render(self, messages: Sequence[Mapping[str, str]]) -> list[int]:
-        """Messages (role, content) -> the ids of a prompt that ends where the assistant is to speak.
+        """Messages (role, content) -> ids of a prompt that ends where the assistant is to speak.
 
         By the model's own chat template, or as a plain transcript if it has none.
         """
         template = self.tokenizer.chat_template
         if template is None:
             return self.encode(transcript(messages))
-        # A user's text must not become a special token, so a sign that no message contains breaks each
-        # one before the template is filled in, and is taken out of the plain text between them after.
+        # A user's text must not become a special token: a sign that no message contains breaks each
+        # one before the template is filled in, and is taken out of the plain text afterwards.
         sign = next(s for s in map(chr, range(0xE000, 0xF8FF)) if not _contains(messages, s))
         guarded = [{**m, "content": self._break_special(m["content"], sign)} for m in messages]
         text = render_template(template, guarded, eos_token=self.tokenizer.eos_token or "")
@@ -110,7 +110,7 @@ class Engine:
         repetition_penalty: float = 1.0,
         seed: int | None = None,
     ) -> Iterator[int]:
-        """Continue ids token by token, up to but without the end token; closing the iterator stops the model.
+        """Continue ids token by token, up to but without the end token; closing it stops the model.
 
         The same seed gives the same reply; None draws a new one. Errors as in generate.stream.
         """

@@ -1,7 +1,8 @@
-"""Where a model's files are, and how new ones are written. Beside the steps: config, tokenizer and weights use it.
+"""Beside the steps: where a model's files are, and how new ones are written.
 
-A name is a directory if there is one, else a hub id, looked up in huggingface_hub's cache first: what is there
-is never downloaded again. Only safetensors and text files are fetched, nothing that could run code.
+A name is a directory if there is one, else a hub id, looked up in huggingface_hub's cache first:
+what is there is never downloaded again. Only safetensors and text files are fetched, nothing that
+could run code.
 
 Twin: hf_bridge/files.py.  Proof: tests/test_files.py.
 """
@@ -49,7 +50,8 @@ def resolve(name_or_path: str | Path) -> Path:
 def weight_files(folder: Path) -> list[Path]:
     """The safetensors files of a model directory: one, or the shards that its index names.
 
-    Raises WeightsError if there are none, if a shard is missing, or if only pickled weights are there.
+    Raises WeightsError if there are none, if a shard is missing, or if only pickled weights are
+    there.
     """
     single, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
     if single.is_file():
@@ -85,7 +87,7 @@ def write_json(path: Path, content: Mapping[str, Any]) -> None:
 
 
 def write_atomically(path: Path, content: bytes) -> None:
-    """Write beside the file, then rename: whoever looks sees the old content or the new, never half of it."""
+    """Write beside the file, then rename: whoever looks sees the old content or the new."""
     descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:
         with os.fdopen(descriptor, "wb") as file:

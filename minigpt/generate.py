@@ -34,12 +34,12 @@ def generate(
 ) -> Tensor:
     """Continue each row: (B, T) -> (B, T + new).
 
-    Rows of unequal length are padded on the left and marked in `attention_mask` (B, T). A row that has
-    drawn `eos_token_id` goes on with it; the loop ends when every row has, or after `max_new_tokens`.
-    `prefill_chunk_size` reads a long prompt in pieces of that many tokens.
+    Rows of unequal length are padded on the left and marked in `attention_mask` (B, T). A row
+    that has drawn `eos_token_id` goes on with it; the loop ends when every row has, or after
+    `max_new_tokens`. `prefill_chunk_size` reads a long prompt in pieces of that many tokens.
 
-    Raises ValueError for bad options or ids and ContextOverflow if prompt and reply do not fit, both
-    before any computation.
+    Raises ValueError for bad options or ids and ContextOverflow if prompt and reply do not fit,
+    both before any computation.
     """
     sampler = Sampler(temperature, top_k, top_p, min_p, repetition_penalty)
     chunk = prefill_chunk_size
@@ -64,10 +64,10 @@ def stream(
     eos_token_id: int | None = None,
     prefill_chunk_size: int | None = None,
 ) -> Iterator[int]:
-    """The same for one row, (1, T), each token as soon as it is drawn; closing the iterator stops the model.
+    """The same for one row, (1, T), each token as soon as it is drawn; closing it stops the model.
 
-    A `cache` that holds the first tokens of ids saves computing them again; it is left holding all but
-    the last token. The eos token, if it comes, is the last one given.
+    A `cache` that holds the first tokens of ids saves computing them again; it is left holding
+    all but the last token. The eos token, if it comes, is the last one given.
     """
     if ids.shape[0] != 1:
         raise ValueError(f"stream continues one row, got a batch of {ids.shape[0]}")

@@ -2,9 +2,10 @@
 
     sees(p, j)  =  0 <= j <= p   and   (p - j < window   or   j < sinks)
 
-A token sees itself and those before it (causal; Vaswani et al. 2017, section 3.2.3), with a window only
-itself and the window - 1 before it (Beltagy et al. 2020), plus the first `sinks` tokens, on which attention
-leans when it has nothing to say (Xiao et al. 2023). A key at a negative position is nobody: padding.
+A token sees itself and those before it (causal; Vaswani et al. 2017, section 3.2.3), with a
+window only itself and the window - 1 before it (Beltagy et al. 2020), plus the first `sinks`
+tokens, on which attention leans when it has nothing to say (Xiao et al. 2023). A key at a
+negative position is nobody: padding.
 
 Before: tokenizer.py.  After: attention.py.  Twin: hf_bridge/mask.py.  Proof: tests/test_mask.py.
 """
@@ -30,7 +31,7 @@ def visible(
             [1, 1, 0, 0],
             [0, 1, 1, 0],
             [0, 0, 1, 1]], dtype=torch.int32)
-    >>> visible(2, 5, window=2, sinks=1).int()          # two new tokens after three, the first a sink
+    >>> visible(2, 5, window=2, sinks=1).int()      # two new tokens after three, the first a sink
     tensor([[1, 0, 1, 1, 0],
             [1, 0, 0, 1, 1]], dtype=torch.int32)
     >>> visible(1, 4).int()                             # one new token sees all that came before
@@ -47,7 +48,7 @@ def visible_at(query: Tensor, key: Tensor, window: int | None = None, sinks: int
 
     This form serves what is not one run of columns: left-padded rows, a ring buffer's slots.
 
-    >>> visible_at(torch.tensor([2]), torch.tensor([-1, 0, 3, 2])).int()    # padding, past, future, self
+    >>> visible_at(torch.tensor([2]), torch.tensor([-1, 0, 3, 2])).int()    # padding, past, future…
     tensor([[0, 1, 0, 1]], dtype=torch.int32)
     """
     check_window(window, sinks)
@@ -59,10 +60,10 @@ def visible_at(query: Tensor, key: Tensor, window: int | None = None, sinks: int
 
 
 def left_padding(attention_mask: Tensor) -> Tensor | None:
-    """How many columns of padding each row begins with: (B, T) of 0 and 1 -> (B, 1), or None for none at all.
+    """How many columns of padding each row begins with: (B, T) of 0 and 1 -> (B, 1), or None.
 
-    Raises ValueError if a 0 stands after a 1: only the left side is padded, so that the newest token of
-    every row stands in the last column.
+    Raises ValueError if a 0 stands after a 1: only the left side is padded, so that the newest
+    token of every row stands in the last column.
 
     >>> left_padding(torch.tensor([[0, 0, 1], [1, 1, 1]])).tolist()
     [[2], [0]]

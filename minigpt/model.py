@@ -4,7 +4,8 @@
     x = x + attn(ln_1(x));  x = x + mlp(ln_2(x))      n_layer times
     logits = ln_f(x) wte^T
 
-Radford et al. 2019, section 2.3: layer norms moved to the input of each sub-block, one more at the end.
+Radford et al. 2019, section 2.3: layer norms moved to the input of each sub-block, one more at
+the end.
 
 Before: cache.py.  After: weights.py.  Twin: hf_bridge/model.py.  Proof: tests/test_model.py.
 """
@@ -54,7 +55,8 @@ class Block(nn.Module):
 class GPT(nn.Module):
     """GPT-2, with fresh weights drawn from `generator`; `from_pretrained` reads trained ones.
 
-    `sliding_window` and `attention_sinks` are ways to run a model, not part of it: no file records them.
+    `sliding_window` and `attention_sinks` are ways to run a model, not part of it: no file
+    records them.
 
     >>> model = GPT(GPTConfig(vocab_size=11, n_positions=8, n_embd=4, n_layer=2, n_head=2))
     >>> tuple(model(torch.tensor([[1, 2, 3]])).shape)
@@ -93,7 +95,7 @@ class GPT(nn.Module):
         sliding_window: int | None = None,
         attention_sinks: int = 0,
     ) -> "GPT":
-        """Read a directory in Hugging Face's layout, or a hub id, downloaded once. See weights.load."""
+        """Read a directory in Hugging Face's layout, or a hub id. See weights.load."""
         from minigpt import weights
 
         model = weights.load(name_or_path, dtype=dtype, device=device)
@@ -102,14 +104,14 @@ class GPT(nn.Module):
         return model
 
     def save_pretrained(self, folder: str | Path) -> None:
-        """Write config.json and model.safetensors so that transformers loads them. See weights.save."""
+        """Write config.json and model.safetensors as transformers reads them. See weights.save."""
         from minigpt import weights
 
         weights.save(self, folder)
 
     @torch.no_grad()
     def initialize(self, generator: torch.Generator | None = None) -> None:
-        """Draw fresh weights: N(0, 0.02), and the residual projections 1 / sqrt(2 n_layer) of that."""
+        """Draw fresh weights: N(0, 0.02), residual projections 1 / sqrt(2 n_layer) of that."""
         std = self.config.initializer_range
         for name, parameter in self.named_parameters():
             if name.endswith("bias"):
@@ -130,9 +132,9 @@ class GPT(nn.Module):
     ) -> Tensor:
         """Logits for every position: (B, T) -> (B, T, V).
 
-        `attention_mask` (B, T) of 0 and 1 marks left padding. With a `cache`, ids continue after the tokens
-        that it holds, and it holds them too afterwards. Raises ValueError for ids that are no tokens,
-        ContextOverflow past n_positions.
+        `attention_mask` (B, T) of 0 and 1 marks left padding. With a `cache`, ids continue after
+        the tokens that it holds, and it holds them too afterwards. Raises ValueError for ids that
+        are no tokens, ContextOverflow past n_positions.
         """
         self.check_ids(ids)
         return self.head(self.hidden(ids, attention_mask=attention_mask, cache=cache))
@@ -157,16 +159,17 @@ class GPT(nn.Module):
         return self.ln_f(x)
 
     def head(self, x: Tensor) -> Tensor:
-        """Score every word of the vocabulary, by the embedding itself where they are tied: (…, C) -> (…, V)."""
+        """Score every word of the vocabulary, by the embedding where tied: (…, C) -> (…, V)."""
         tied = self.config.tie_word_embeddings
         return F.linear(x, self.wte.weight) if tied else self.lm_head(x)
 
     def new_cache(
         self, batch_size: int = 1, *, capacity: int | None = None, full: bool = False
     ) -> Cache:
-        """An empty cache: a ring where sliding_window is set (unless `full`), else one for `capacity` tokens.
+        """An empty cache: a ring if sliding_window is set (and not `full`), else `capacity` long.
 
-        The default capacity is the whole context. Both give the same logits; a ring takes less memory.
+        The default capacity is the whole context. Both give the same logits; a ring takes less
+        memory.
         """
         if self.sliding_window is not None and not full:
             return WindowCache(
@@ -180,7 +183,7 @@ class GPT(nn.Module):
         return FullCache(self.config, batch_size, capacity, like=self.wte.weight)
 
     def check_ids(self, ids: Tensor) -> None:
-        """Raise ValueError unless ids is a (B, T) batch of at least one token of this vocabulary."""
+        """Raise ValueError unless ids is a (B, T) batch of tokens of this vocabulary."""
         if ids.dim() != 2 or ids.dtype not in (torch.int64, torch.int32):
             raise ValueError(
                 f"ids must be a (B, T) tensor of integers, got shape {tuple(ids.shape)} {ids.dtype}"
@@ -197,7 +200,7 @@ class GPT(nn.Module):
     def _padding(
         self, ids: Tensor, attention_mask: Tensor | None, cache: Cache | None
     ) -> Tensor | None:
-        """(B, 1) columns of padding at each row's left, or None. A cache remembers them between calls."""
+        """(B, 1) columns of padding at each row's left, or None. A cache remembers them."""
         if attention_mask is None:
             return cache.padding if cache is not None else None
         if attention_mask.shape != ids.shape:
@@ -219,7 +222,7 @@ class GPT(nn.Module):
         if padding is None:
             return None if window is None else visible_at(columns, keys, window, sinks)  # (T, S)
         mask = visible_at(columns - padding, keys - padding, window, sinks)  # (B, T, S)
-        # Padding sees itself. With nothing to see its softmax would be NaN, and 0 * NaN is still NaN
+        # Padding sees itself. With nothing to see its softmax would be NaN, and 0 * NaN is NaN
         # in the sums of those who do not look at it.
         mask |= columns[:, None] == keys
         return mask[:, None]  # (B, 1, T, S)

@@ -17,7 +17,8 @@ from torch import Tensor
 def penalize(logits: Tensor, seen: Tensor, repetition_penalty: float) -> Tensor:
     """Make the tokens already seen less likely: positive logits divided, negative ones multiplied.
 
-    `seen` is (B, V) boolean. Keskar et al. 2019, section 4.1, in the form that works for both signs.
+    `seen` is (B, V) boolean. Keskar et al. 2019, section 4.1, in the form that works for both
+    signs.
 
     >>> penalize(torch.tensor([[2.0, -2.0, 1.0]]), torch.tensor([[True, True, False]]), 2.0)
     tensor([[ 1., -4.,  1.]])
@@ -27,7 +28,7 @@ def penalize(logits: Tensor, seen: Tensor, repetition_penalty: float) -> Tensor:
 
 
 def keep_top_k(logits: Tensor, top_k: int) -> Tensor:
-    """Keep the k most likely words (and those that tie with the last of them); the rest become -inf.
+    """Keep the k most likely words (and any that tie with the last); the rest become -inf.
 
     >>> keep_top_k(torch.tensor([[1.0, 3.0, 2.0]]), 2)
     tensor([[-inf, 3., 2.]])
@@ -37,10 +38,10 @@ def keep_top_k(logits: Tensor, top_k: int) -> Tensor:
 
 
 def keep_top_p(logits: Tensor, top_p: float) -> Tensor:
-    """Keep the smallest set of words whose probabilities reach top_p (Holtzman et al. 2020, section 3.1).
+    """Keep the smallest set of words whose probabilities reach top_p (Holtzman et al. 2020).
 
-    The word that crosses top_p is kept. The sum runs upwards from the unlikely end, as in transformers:
-    the other direction rounds differently and breaks ties the other way.
+    The word that crosses top_p is kept. The sum runs upwards from the unlikely end, as in
+    transformers: the other direction rounds differently and breaks ties the other way.
 
     >>> keep_top_p(torch.tensor([[0.5, 0.3, 0.2]]).log(), 0.6).softmax(-1)
     tensor([[0.6250, 0.3750, 0.0000]])
@@ -95,8 +96,8 @@ class Sampler:
     def process(self, logits: Tensor, seen: Tensor | None = None) -> Tensor:
         """The logits after every step before the draw: (B, V) -> (B, V) float32.
 
-        `seen` (B, V) marks the tokens that the penalty is for. Temperature 0 stops after the penalty,
-        since only the maximum matters then.
+        `seen` (B, V) marks the tokens that the penalty is for. Temperature 0 stops after the
+        penalty, since only the maximum matters then.
         """
         logits = logits.float()  # as transformers does, whatever the model computes in
         if self.repetition_penalty != 1 and seen is not None:

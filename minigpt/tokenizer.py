@@ -1,9 +1,10 @@
 """Step 2: text to token ids and back, by byte-level BPE.
 
-    text -> words (a regular expression) -> UTF-8 bytes -> merge the pair learned earliest, until none is left
+    text -> words (a regular expression) -> UTF-8 bytes -> merge the pair learned earliest, until
+    none is left
 
-Sennrich et al. 2016, section 3.2, on bytes as in Radford et al. 2019, section 2.2: since every byte is a token,
-no text is unknown.
+Sennrich et al. 2016, section 3.2, on bytes as in Radford et al. 2019, section 2.2: since every
+byte is a token, no text is unknown.
 
 Before: config.py.  After: mask.py.  Twin: hf_bridge/tokenizer.py.  Proof: tests/test_tokenizer.py.
 """
@@ -13,6 +14,7 @@ import heapq
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
 from functools import cache, lru_cache
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +22,7 @@ import regex
 
 from minigpt.files import read_json, resolve, write_atomically, write_json
 
-# GPT-2's cut into words: contractions, letters, digits, other signs (each with the space before it), spaces.
+# GPT-2's cut into words: contractions; letters, digits, others, each with a space before; spaces.
 # It is case sensitive and knows no accents by decomposition, as published.
 WORD = regex.compile(r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+")
 
@@ -29,7 +31,7 @@ Pair = tuple[str, str]
 
 @cache
 def byte_letters() -> dict[int, str]:
-    """A visible letter for each byte, as vocab.json spells them: printable bytes stand for themselves.
+    """A visible letter for each byte, as vocab.json spells them; printable ones are themselves.
 
     >>> byte_letters()[ord("A")], byte_letters()[ord(" ")]
     ('A', 'Ġ')
@@ -49,7 +51,8 @@ def letter_bytes() -> dict[str, int]:
 class Tokenizer:
     """A vocabulary, the merges in the order they were learned, and the special tokens.
 
-    `special_tokens` are ids of their own that no text contains: encode makes them only where it is told to.
+    `special_tokens` are ids of their own that no text contains: encode makes them only where it
+    is told to.
 
     >>> tokenizer = train(["low low low lower"], vocab_size=260)
     >>> [tokenizer.decode([i]) for i in tokenizer.encode("low lower")]
@@ -90,7 +93,7 @@ class Tokenizer:
         return None if self.eos_token is None else self.special_tokens[self.eos_token]
 
     def encode(self, text: str, *, allow_special: bool = False) -> list[int]:
-        """Text -> ids. A user's text keeps `allow_special` off, so that it cannot end a turn by writing so.
+        """Text -> ids. A user's text keeps `allow_special` off: it cannot forge a turn's end.
 
         Raises ValueError for text that is no Unicode (a lone surrogate).
         """
@@ -142,12 +145,12 @@ class Tokenizer:
             special_tokens = {t: vocab[t] for t in ("<|endoftext|>",) if t in vocab}
         else:
             raise ValueError(
-                f"{folder} has no tokenizer: tokenizer.json, or vocab.json and merges.txt, are needed"
+                f"{folder} has no tokenizer: it needs tokenizer.json, or vocab.json and merges.txt"
             )
         return cls(vocab, merges, special_tokens, **_read_chat(folder, special_tokens))
 
     def save_pretrained(self, folder: str | Path) -> None:
-        """Write tokenizer.json, tokenizer_config.json and the chat template, as transformers reads them."""
+        """Write tokenizer.json, tokenizer_config.json and the chat template for transformers."""
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         names = {"tokenizer_class": "GPT2Tokenizer", "add_prefix_space": False}
@@ -168,7 +171,7 @@ class Tokenizer:
         """Merge one word's bytes, the earliest learned pair first, leftmost first."""
         parts = [byte_letters()[byte] for byte in word.encode()]
         while len(parts) > 1:
-            pair = min(zip(parts, parts[1:]), key=lambda p: self._rank.get(p, len(self._rank)))
+            pair = min(pairwise(parts), key=lambda p: self._rank.get(p, len(self._rank)))
             if pair not in self._rank:
                 break
             parts = _merge(parts, pair)
@@ -212,7 +215,8 @@ class Tokenizer:
 class StreamDecoder:
     """Decode ids one by one without ever showing half a character.
 
-    Holds back only bytes that may still become a character. A U+FFFD that was written in the text passes.
+    Holds back only bytes that may still become a character. A U+FFFD that was written in the text
+    passes.
 
     >>> tokenizer = train([], vocab_size=256)
     >>> decoder = StreamDecoder(tokenizer)
@@ -244,16 +248,16 @@ def train(
 ) -> Tokenizer:
     """Learn the merges: again and again join the most frequent pair of neighbours into a new token.
 
-    Ids run: special tokens, the 256 bytes, merges. Of equally frequent pairs the one with the lower ids is
-    taken, as in the tokenizers library, so that both learn the same vocabulary. The first special token
-    also ends texts (eos).
+    Ids run: special tokens, the 256 bytes, merges. Of equally frequent pairs the one with the
+    lower ids is taken, as in the tokenizers library, so that both learn the same vocabulary. The
+    first special token also ends texts (eos).
 
     Raises ValueError if vocab_size has no room for the bytes and the special tokens.
     """
     vocab = {text: i for i, text in enumerate([*special_tokens, *sorted(byte_letters().values())])}
     if vocab_size < len(vocab):
         raise ValueError(
-            f"vocab_size must be at least {len(vocab)}, for the bytes and special tokens, got {vocab_size}"
+            f"vocab_size must be at least {len(vocab)} (bytes and special tokens), got {vocab_size}"
         )
     counts = Counter(word for text in texts for word in WORD.findall(text))
     words = [[byte_letters()[byte] for byte in word.encode()] for word in counts]
@@ -262,11 +266,11 @@ def train(
     pairs: Counter[Pair] = Counter()
     where: defaultdict[Pair, set[int]] = defaultdict(set)  # the words in which a pair stands
     for i, word in enumerate(words):
-        for pair in zip(word, word[1:]):
+        for pair in pairwise(word):
             pairs[pair] += frequency[i]
             where[pair].add(i)
 
-    # Most frequent first, then lowest ids. A count that has changed since is pushed again when it comes up.
+    # Most frequent first, then lowest ids. A count that has changed is pushed anew when it comes up.
     heap = [(-count, vocab[a], vocab[b], (a, b)) for (a, b), count in pairs.items()]
     heapq.heapify(heap)
     merges: list[Pair] = []
@@ -283,9 +287,9 @@ def train(
         changed: set[Pair] = set()
         for i in where.pop(pair):
             before, words[i] = words[i], _merge(words[i], pair)
-            for old in zip(before, before[1:]):
+            for old in pairwise(before):
                 pairs[old] -= frequency[i]
-            for new in zip(words[i], words[i][1:]):
+            for new in pairwise(words[i]):
                 pairs[new] += frequency[i]
                 where[new].add(i)
                 changed.add(new)
@@ -310,7 +314,7 @@ def _merge(parts: list[str], pair: Pair) -> list[str]:
 
 
 def _alternatives(special_tokens: Iterable[str]) -> regex.Pattern | None:
-    """One pattern that captures any of the special tokens, the longest first; None if there are none."""
+    """One pattern that captures any of the special tokens, the longest first, or None."""
     longest_first = sorted(special_tokens, key=len, reverse=True)
     if not longest_first:
         return None
@@ -335,7 +339,7 @@ def _read_tokenizer_json(path: Path) -> tuple[dict[str, int], list[Pair], dict[s
 
 
 def _read_chat(folder: Path, special_tokens: dict[str, int]) -> dict[str, Any]:
-    """The end-of-text token and the chat template, from the files in which transformers keeps them."""
+    """The end-of-text token and the chat template, from the files where transformers keeps them."""
     path = folder / "tokenizer_config.json"
     names = read_json(path) if path.is_file() else {}
     eos_token = names.get("eos_token")

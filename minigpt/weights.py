@@ -1,7 +1,8 @@
 """Step 7: read a published GPT-2 checkpoint, and write one.
 
-Our parameter names are the checkpoint's and our weights lie as it stores them, so reading is three small repairs:
-strip the `transformer.` prefix, drop the causal-mask buffers of old files, drop the head where it is the embedding.
+Our parameter names are the checkpoint's and our weights lie as it stores them, so reading is
+three small repairs: strip the `transformer.` prefix, drop the causal-mask buffers of old files,
+drop the head where it is the embedding.
 
 Before: model.py.  After: sampler.py.  Twin: hf_bridge/weights.py.  Proof: tests/test_weights.py.
 """
@@ -35,9 +36,9 @@ def load(
 ) -> GPT:
     """Build the model that config.json describes and fill it; ready for inference (eval mode).
 
-    `dtype` None keeps the file's. Each tensor is read once, straight into its place: memory stays near the
-    file's size. Raises WeightsError for files that are missing, damaged, or of another model; a weight that
-    the file lacks is an error, never a fresh random one.
+    `dtype` None keeps the file's. Each tensor is read once, straight into its place: memory stays
+    near the file's size. Raises WeightsError for files that are missing, damaged, or of another
+    model; a weight that the file lacks is an error, never a fresh random one.
     """
     folder = resolve(name_or_path)
     config = config_step.read(folder)
@@ -64,7 +65,7 @@ def read_tensors(
     for path in weight_files(folder):
         try:
             with safe_open(path, framework="pt", device=str(device)) as file:
-                for name in file.keys():
+                for name in file.keys():  # noqa: SIM118 (no dict)
                     if not name.endswith(BUFFERS):
                         tensors[name.removeprefix(PREFIX)] = file.get_tensor(name).to(dtype=dtype)
         except SafetensorError as error:
@@ -73,7 +74,7 @@ def read_tensors(
 
 
 def check_tensors(model: GPT, tensors: dict[str, Tensor], folder: Path) -> None:
-    """Raise WeightsError, naming up to three, for tensors that are missing, unknown, or of another shape."""
+    """Raise WeightsError, naming up to three tensors, unless they are exactly the model's."""
     expected = {name: tuple(parameter.shape) for name, parameter in model.state_dict().items()}
     found = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
     wrong = [
