@@ -1,0 +1,6 @@
+"""The tutor: the small GPT-2 that this repository trains from its own dialogues, and what it is made of.
+
+dialogues/      what it may learn: reviewed text in Spanish and English
+corpus.py       dialogues -> endless conversations -> token rows
+__main__.py     `make tutor`: tokenizer, training, model card
+"""

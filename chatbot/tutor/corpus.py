@@ -1,0 +1,373 @@
+"""The tutor's training data: conversations without end, drawn from the dialogues.
+
+    dialogues/*.txt -> Dialogues -> conversation(length, random) -> messages -> a row of tokens
+
+Every row is a function of its random generator alone, so a run can stop and continue, and two runs
+are equal. A wording is hardly ever shown twice in the same dress: case, accents, signs and letters vary,
+a greeting may stand before it, and words are sometimes cut into other pieces than usual
+(BPE dropout, Provilkova et al. 2020).
+"""
+
+import re
+import unicodedata
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from random import Random
+
+from minigpt.tokenizer import WORD, Tokenizer, byte_letters
+
+LANGUAGES = ("es", "en")
+FOLDER = Path(__file__).parent / "dialogues"
+CHAT_TEMPLATE = (
+    "{% for message in messages %}{{ '<|' + message.role + '|>' + message.content + eos_token }}"
+    "{% endfor %}{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}"
+)
+SPECIAL_TOKENS = ("<|endoftext|>", "<|system|>", "<|user|>", "<|assistant|>")
+FOLLOW_UPS = ("why", "example", "short")
+
+Sections = dict[str, list[str]]  # "es answer" -> its lines
+Message = dict[str, str]
+
+
+@dataclass(frozen=True)
+class Dialogues:
+    """What the files say: heading -> section -> lines, a dictionary for each file."""
+
+    topics: dict[str, Sections]
+    carriers: Sections
+    openers: Sections
+    small_talk: dict[str, Sections]
+    memory: dict[str, Sections]
+    unknown: Sections
+    follow_ups: dict[str, Sections]
+    styles: dict[str, Sections]
+
+
+def read(folder: Path = FOLDER) -> Dialogues:
+    """Read a directory of dialogues; ValueError with file and line for a line that stands nowhere."""
+    topics = {}
+    for path in sorted((folder / "topics").glob("*.txt")):
+        (topics[path.stem],) = read_file(path).values()
+    files = {path.stem: read_file(path) for path in folder.glob("*.txt")}
+    return Dialogues(
+        topics=topics,
+        carriers=files["carriers"]["carriers"],
+        openers=files["openers"]["openers"],
+        small_talk=files["small_talk"],
+        memory=files["memory"],
+        unknown=files["unknown"]["unknown"],
+        follow_ups=files["follow_ups"],
+        styles=files["styles"],
+    )
+
+
+def read_file(path: Path) -> dict[str, Sections]:
+    """`# heading`, then `[es section]` lines, then one item per line."""
+    headings: dict[str, Sections] = {}
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+        if line.startswith("# "):
+            headings[line[2:]] = sections = {}
+        elif match := re.fullmatch(r"\[((?:es|en) \w+)\]", line):
+            sections[match[1]] = lines = []
+        elif line.strip():
+            lines.append(line)
+        else:
+            raise ValueError(f"{path}:{number} is blank: each line must be a heading or an item")
+    return headings
+
+
+class Conversations:
+    """Draws conversations in the proportions that the tutor should learn.
+
+    >>> talk = Conversations(read())
+    >>> [message["role"] for message in talk.messages(Random(3), turns=1)][-2:]
+    ['user', 'assistant']
+    """
+
+    def __init__(self, dialogues: Dialogues):
+        self.dialogues = dialogues
+        self.topics = list(dialogues.topics)
+
+    def messages(self, random: Random, turns: int) -> list[Message]:
+        """One conversation of so many turns, after a system prompt in some of them."""
+        stream = self.conversation(random)
+        messages = []
+        while sum(message["role"] == "assistant" for message in messages) < turns:
+            messages.append(next(stream))
+        return messages
+
+    def conversation(self, random: Random) -> Iterator[Message]:
+        """The messages of one conversation, which never ends."""
+        state = _State(language=random.choice(LANGUAGES))
+        style = self._style(random)
+        if style is not None:
+            prompts = self.dialogues.styles[style][f"{state.language} system"]
+            yield {"role": "system", "content": _relax(random, random.choice(prompts), 0.3)}
+        personal = random.random() < 0.25  # a conversation about the user more than about topics
+        while True:
+            if random.random() < 0.04:
+                state.language = random.choice(LANGUAGES)
+            user, reply = self._turn(random, state, style or "plain", personal)
+            yield {"role": "user", "content": user}
+            yield {"role": "assistant", "content": reply}
+
+    def _style(self, random: Random) -> str | None:
+        if random.random() < 0.7:
+            return None
+        return random.choice(["pirate", "brief", "formal", "child", "plain"])
+
+    def _turn(
+        self, random: Random, state: "_State", style: str, personal: bool
+    ) -> tuple[str, str]:
+        """The user's message and the right reply; the state remembers what it was about."""
+        weights = {
+            self._topic: 4.0 if not personal else 1.0,
+            self._unknown: 0.6 if not personal else 0.2,
+            self._small_talk: 0.3 if not personal else 0.5,
+            self._tell: 0.15 if not personal else 2.0,
+            self._ask: 0.1 if not personal else (2.0 if state.facts else 0.3),
+            self._follow_up: 2.0 if state.topic else 0.03,
+        }
+        kind = random.choices(list(weights), list(weights.values()))[0]
+        if kind not in (self._topic, self._follow_up):
+            state.topic = None
+        return kind(random, state, style)
+
+    def _topic(self, random: Random, state: "_State", style: str) -> tuple[str, str]:
+        state.topic = random.choice(self.topics)
+        topic, language = self.dialogues.topics[state.topic], state.language
+        way = random.random()
+        if way < 0.42:
+            carrier = random.choice(self.dialogues.carriers[f"{language} named"])
+            term = _casing(random, random.choice(topic[f"{language} terms"]))
+            user = carrier.replace("{term}", term)
+        else:
+            user = random.choice(topic[f"{language} {'named' if way < 0.55 else 'unnamed'}"])
+        pattern = self.dialogues.styles[style][f"{language} pattern"][0]
+        texts = {kind: topic[f"{language} {kind}"][0] for kind in ("answer", "short", "example")}
+        return self._dress(random, user, language), pattern.format(**texts)
+
+    def _follow_up(self, random: Random, state: "_State", style: str) -> tuple[str, str]:
+        kind, language = random.choice(FOLLOW_UPS), state.language
+        section = self.dialogues.follow_ups[kind]
+        user = self._dress(random, random.choice(section[f"{language} user"]), language)
+        if state.topic is None:
+            return user, section[f"{language} nothing"][0]
+        return user, self.dialogues.topics[state.topic][f"{language} {kind}"][0]
+
+    def _unknown(self, random: Random, state: "_State", style: str) -> tuple[str, str]:
+        language, unknown = state.language, self.dialogues.unknown
+        if random.random() < 0.35:  # the frames of real questions, about something else
+            carriers = self.dialogues.carriers
+            frames = random.choice(["negative", "named"])
+            thing = random.choice(carriers[f"{language} things"])
+            frame = random.choice(carriers[f"{language} {frames}"])
+            user = re.sub(r"\{(term|thing)\}", lambda _: _casing(random, thing), frame)
+        else:
+            user = random.choice(unknown[f"{language} user"])
+        return self._dress(random, user, language), unknown[f"{language} reply"][0]
+
+    def _small_talk(self, random: Random, state: "_State", style: str) -> tuple[str, str]:
+        intent = self.dialogues.small_talk[random.choice(list(self.dialogues.small_talk))]
+        user = random.choice(intent[f"{state.language} user"])
+        return _relax(random, user, 0.5), intent[f"{state.language} reply"][0]
+
+    def _tell(self, random: Random, state: "_State", style: str) -> tuple[str, str]:
+        fact = self._fact(random)
+        section, language = self.dialogues.memory[fact], state.language
+        values = section[f"{language} values"]
+        invented = fact == "name" or fact.endswith("_name") or fact in ("city", "computer")
+        if invented and random.random() < 0.6:
+            value = invent_name(random)
+        else:
+            value = random.choice(values)
+        if random.random() < 0.15:
+            value = value.lower()
+        state.facts[fact] = value
+        frame = _relax(random, random.choice(section[f"{language} tell"]), 0.4)
+        return frame.replace("{value}", value), self._say(section, language, "ack", value)
+
+    def _ask(self, random: Random, state: "_State", style: str) -> tuple[str, str]:
+        told = list(state.facts)
+        fact = random.choice(told) if told and random.random() < 0.85 else self._fact(random)
+        section, language = self.dialogues.memory[fact], state.language
+        user = self._dress(random, random.choice(section[f"{language} ask"]), language)
+        if fact in state.facts:
+            return user, self._say(section, language, "recall", state.facts[fact])
+        return user, section[f"{language} unknown"][0]
+
+    def _fact(self, random: Random) -> str:
+        return "name" if random.random() < 0.4 else random.choice(list(self.dialogues.memory))
+
+    @staticmethod
+    def _say(section: Sections, language: str, kind: str, value: str) -> str:
+        return section[f"{language} {kind}"][0].replace("{value}", value)
+
+    def _dress(self, random: Random, text: str, language: str) -> str:
+        """A wording as somebody else would have typed it."""
+        if random.random() < 0.12:
+            before = random.choice(self.dialogues.openers[f"{language} before"])
+            text = f"{before} {text[0].lower() + text[1:] if random.random() < 0.7 else text}"
+        if random.random() < 0.08:
+            text = f"{text} {random.choice(self.dialogues.openers[f'{language} after'])}"
+        words = text.split(" ")
+        if len(words) > 4 and random.random() < 0.15:
+            del words[random.randrange(len(words))]
+        return _relax(random, " ".join(words), 0.4)
+
+
+@dataclass
+class _State:
+    language: str
+    topic: str | None
+    facts: dict[str, str]
+
+    def __init__(self, language: str):
+        self.language, self.topic, self.facts = language, None, {}
+
+
+class Rows:
+    """Rows of token ids, cut from conversations: step -> a batch, always the same one."""
+
+    # Tokens a row, rows a batch, how often: most batches are first turns, since that is where the tutor
+    # decides what it was asked; the longest rows teach positions as far as the chat's context reaches.
+    SHAPES = ((64, 64, 0.55), (128, 32, 0.25), (256, 16, 0.15), (512, 8, 0.05))
+
+    def __init__(self, conversations: Conversations, tokenizer: Tokenizer, *, seed: int):
+        self.conversations = conversations
+        self.tokenizer = tokenizer
+        self.seed = seed
+        self._rank = {pair: rank for rank, pair in enumerate(tokenizer.merges)}
+
+    def batch(self, step: int) -> tuple[list[list[int]], list[list[int]]]:
+        """Rows of ids and of labels, -100 where the user or the system speaks."""
+        random = Random(f"{self.seed} {step}")
+        shares = [share for *_, share in self.SHAPES]
+        length, rows, _ = random.choices(self.SHAPES, shares)[0]
+        pairs = [self.row(random, length) for _ in range(rows)]
+        return [ids for ids, _ in pairs], [labels for _, labels in pairs]
+
+    def row(self, random: Random, length: int) -> tuple[list[int], list[int]]:
+        """The first `length` tokens of a conversation; only the replies are learned."""
+        ids: list[int] = []
+        labels: list[int] = []
+        eos = self.tokenizer.special_tokens["<|endoftext|>"]
+        stream = self.conversations.conversation(random)
+        while len(ids) < length:
+            message = next(stream)
+            role, content = message["role"], message["content"]
+            if role == "assistant":
+                tokens = self.tokenizer.encode(content)
+                labels += [-100, *tokens, eos]
+            else:
+                tokens = self.encode_varied(random, content)
+                labels += [-100] * (len(tokens) + 2)
+            ids += [self.tokenizer.special_tokens[f"<|{role}|>"], *tokens, eos]
+        return ids[:length], labels[:length]
+
+    def encode_varied(self, random: Random, text: str) -> list[int]:
+        """Encode, with some words cut into other pieces: each merge is left out now and then."""
+        ids = []
+        for word in WORD.findall(text):
+            if random.random() < 0.15:
+                ids += self._cut(random, word)
+            else:
+                ids += self.tokenizer.encode(word)
+        return ids
+
+    def _cut(self, random: Random, word: str) -> list[int]:
+        parts = [byte_letters()[byte] for byte in word.encode()]
+        while True:
+            ranked = [
+                (rank, i)
+                for i, pair in enumerate(zip(parts, parts[1:]))
+                if (rank := self._rank.get(pair)) is not None and random.random() > 0.25
+            ]
+            if not ranked:
+                return [self.tokenizer.vocab[part] for part in parts]
+            _, i = min(ranked)
+            parts[i : i + 2] = [parts[i] + parts[i + 1]]
+
+
+SYLLABLES = (
+    "a e i o u ba be bo ca ce co da de di do fa fe ga go ha ja jo ka ke ki la le li lo lu ma me mi mo na ne "
+    "ni no pa pe po qui ra re ri ro sa se si so ta te ti to tu va ve vi vo wa xi ya yo za zo bra cla dro "
+    "fri gue tra pli ster rond kwa zhe shi chu thi lan ber mar ton dor win gar nes kov sky ez ic an el or"
+).split()
+
+
+def invent_name(random: Random) -> str:
+    """A name that nobody has: the tutor must copy names, not know them."""
+    parts = ["".join(random.choices(SYLLABLES, k=random.randint(2, 4))).capitalize()]
+    if random.random() < 0.2:
+        parts.append("".join(random.choices(SYLLABLES, k=random.randint(2, 3))).capitalize())
+    return " ".join(parts)
+
+
+def _casing(random: Random, term: str) -> str:
+    """A term in small letters, capitals, or as it was."""
+    way = random.random()
+    if way < 0.2:
+        return term.lower()
+    if way < 0.35:
+        return term[0].upper() + term[1:]
+    return term.upper() if way < 0.45 else term
+
+
+def _relax(random: Random, text: str, rate: float) -> str:
+    """Type carelessly: with probability `rate` lose case, accents or signs, and now and then a letter."""
+    if random.random() < rate:
+        if random.random() < 0.5:
+            text = _lower(text)
+        if random.random() < 0.5:
+            text = _without_accents(text)
+        if random.random() < 0.6:
+            text = text.replace("¿", "").replace("¡", "")
+        if random.random() < 0.5:
+            text = text.rstrip("?.! ") or text
+    elif random.random() < 0.03:
+        text = re.sub(r"[^{}]+(?![^{]*\})", lambda match: match[0].upper(), text)
+    if random.random() < rate / 4:
+        text = _mistype(random, text)
+    return text
+
+
+def _lower(text: str) -> str:
+    return text.lower()
+
+
+def _without_accents(text: str) -> str:
+    letters = unicodedata.normalize("NFD", text)
+    return unicodedata.normalize("NFC", "".join(c for c in letters if c not in "\u0301\u0308"))
+
+
+def _mistype(random: Random, text: str) -> str:
+    """Swap, drop or double one letter in the middle of a word."""
+    spots = [m.start() + 1 for m in re.finditer(r"[^\W\d_]{4,}", text) if "{" not in m[0]]
+    spots = [i for i in spots if "{" not in text[max(0, i - 2) : i]]  # not inside a {value}
+    if not spots:
+        return text
+    i = random.choice(spots) + random.randint(0, 1)
+    way = random.randrange(3)
+    if way == 0:
+        return text[:i] + text[i + 1] + text[i] + text[i + 2 :]
+    return text[:i] + text[i + 1 :] if way == 1 else text[:i] + text[i] + text[i:]
+
+
+def texts(dialogues: Dialogues) -> Iterator[str]:
+    """Every written line, for learning the tokenizer; replies weigh more, being what the model writes."""
+    groups: Sequence[dict[str, Sections]] = (
+        dialogues.topics,
+        dialogues.small_talk,
+        dialogues.memory,
+        dialogues.follow_ups,
+        dialogues.styles,
+    )
+    sections = [section for group in groups for section in group.values()]
+    for section in [*sections, dialogues.carriers, dialogues.unknown, dialogues.openers]:
+        for name, lines in section.items():
+            weight = 4 if name.split()[1] in ("answer", "short", "why", "example", "reply") else 1
+            for line in lines * weight:
+                yield line
+                yield _lower(_without_accents(line))
