@@ -9,6 +9,7 @@ Proof: tests/test_conversation.py.
 """
 
 from collections.abc import Sequence
+from itertools import pairwise
 
 from chatbot.engines import Engine, Message
 from chatbot.reply import Reply, Turn
@@ -34,7 +35,7 @@ class Conversation:
         return min(self.settings.max_new_tokens, self.engine.context_length // 4)
 
     def restart(self, *, system: str, turns: Sequence[Turn] = ()) -> None:
-        """Begin anew, or with the turns of another conversation; ChatError if the system prompt is too long."""
+        """Begin anew, or with another's turns; ChatError if the system prompt is too long."""
         self.set_system(system)
         self.turns = list(turns)
         self.first = 0
@@ -89,7 +90,7 @@ class Conversation:
         return turn
 
     def fit(self, text: str) -> tuple[list[int], int]:
-        """The prompt's ids and the first turn in it: as many of the latest turns as leave room for a reply.
+        """The prompt's ids and its first turn: as many late turns as leave room for a reply.
 
         A turn that has left does not come back, so that the prompt keeps its beginning, and the
         cache its use.
@@ -112,11 +113,11 @@ class Conversation:
         for end in range(len(self.turns) + 1):
             past = _messages(self.system, self.turns[:end])
             lengths.append(len(self.engine.render([*past, _user("")])))
-        return [after - before for before, after in zip(lengths, lengths[1:])]
+        return [after - before for before, after in pairwise(lengths)]
 
 
 def check_text(text: str) -> str:
-    """The text without blanks around it; ChatError if it is no Unicode (a lone surrogate, as broken input gives)."""
+    """The text without blanks around it; ChatError for a lone surrogate, as broken input gives."""
     try:
         text.encode()
     except UnicodeEncodeError as error:

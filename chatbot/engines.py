@@ -1,4 +1,4 @@
-"""What a chat needs of a model, and how to open one. All else about models stays behind this protocol.
+"""What a chat needs of a model, and how to open one; all else about models stays behind this.
 
 Both packages fulfil it with a class `Engine` of their own. They are imported late and by name:
 to talk to one costs nothing of the other.
@@ -92,7 +92,7 @@ def display_name(engine: Engine) -> str:
 
 
 def generation_config(model: str | Path) -> dict[str, Any]:
-    """What the model's makers advise for drawing its replies, as published; empty if they say nothing.
+    """What the model's makers advise for drawing replies, as published; empty if nothing.
 
     Of a hub id only the copy in the cache is read, which is there once the model was opened.
     Raises ValueError if the file is damaged.

@@ -28,7 +28,7 @@ RULES: dict[str, tuple[type, Callable[[Any], bool], str]] = {
 
 @dataclass(frozen=True)
 class Settings:
-    """What engine.stream is told. The names and meanings are those of transformers' GenerationConfig."""
+    """What engine.stream is told; names and meanings as in transformers' GenerationConfig."""
 
     temperature: float = 0.8  # 0: always the likeliest token
     top_k: int = 0  # 0: off
@@ -43,7 +43,7 @@ class Settings:
         """Whether the same prompt gives the same reply again."""
         return self.temperature == 0 or self.seed is not None
 
-    def set(self, name: str, value: float | int | None) -> "Settings":
+    def set(self, name: str, value: Any) -> "Settings":
         """A copy in which one setting is another."""
         return replace(self, **{name: value})
 
@@ -51,7 +51,7 @@ class Settings:
 NAMES = tuple(field.name for field in fields(Settings))
 
 
-def parse(name: str, text: str) -> float | int:
+def parse(name: str, text: str) -> Any:
     """A setting as a person writes it -> its value; ChatError if it is outside its range.
 
     >>> parse("top_p", "0.9")

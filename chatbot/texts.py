@@ -1,9 +1,7 @@
 """Every sentence that a person reads, in English and Spanish, side by side.
 
-Proof: tests/test_terminal.py (both languages say the same things, of the same values).
+Proof: tests/test_conversation.py (both languages speak of the same values).
 """
-
-from collections.abc import Mapping
 
 LANGUAGES = ("en", "es")
 
@@ -45,16 +43,170 @@ TEXTS: dict[str, tuple[str, str]] = {
         "cortada: el contexto de {maximum} tokens está lleno",
     ),
     "no_words": ("the model answered nothing", "el modelo no respondió nada"),
-    "same_again": (
-        "the same reply will come: the temperature is 0, or a seed is set",
-        "saldrá la misma respuesta: la temperatura es 0, o hay una semilla fija",
-    ),
-    "press_again": ("Ctrl-C once more leaves", "otro Ctrl-C para salir"),
     "bye": ("Bye.", "Hasta luego."),
     "you": ("You", "Tú"),
     "system": ("System", "Sistema"),
     "conversation": ("Conversation with {model}", "Conversación con {model}"),
-    # commands: what they want, what they do, what they answer
-    "help_help": ("", "", ),
-    "yes": ("yes", "sí"),
+    # commands: their help
+    "help_help": ("/help                 this list", "/help                 esta lista"),
+    "help_system": (
+        "/system [TEXT]        show or replace the system prompt",
+        "/system [TEXTO]       muestra o cambia el mensaje de sistema",
+    ),
+    "help_set": (
+        "/set [NAME VALUE]     show or change how replies are drawn",
+        "/set [NOMBRE VALOR]   muestra o cambia cómo se sortean las respuestas",
+    ),
+    "help_seed": (
+        "/seed [N|off]         the same seed gives the same reply",
+        "/seed [N|off]         la misma semilla da la misma respuesta",
+    ),
+    "help_clear": (
+        "/clear                begin a new conversation",
+        "/clear                empieza otra conversación",
+    ),
+    "help_undo": (
+        "/undo                 take back the last turn",
+        "/undo                 deshace el último turno",
+    ),
+    "help_regen": (
+        "/regen                another reply to the last message",
+        "/regen                otra respuesta al último mensaje",
+    ),
+    "help_save": (
+        "/save FILE            keep the conversation (JSON)",
+        "/save ARCHIVO         guarda la conversación (JSON)",
+    ),
+    "help_load": (
+        "/load FILE            go on with a kept conversation",
+        "/load ARCHIVO         sigue una conversación guardada",
+    ),
+    "help_export": (
+        "/export FILE          write it as Markdown",
+        "/export ARCHIVO       la escribe en Markdown",
+    ),
+    "help_tokens": (
+        "/tokens TEXT          how a text is cut into tokens",
+        "/tokens TEXTO         cómo se corta un texto en tokens",
+    ),
+    "help_context": (
+        "/context              what each turn costs in tokens, and which are read",
+        "/context              cuántos tokens cuesta cada turno, y cuáles se leen",
+    ),
+    "help_stats": (
+        "/stats                the last reply in numbers",
+        "/stats                la última respuesta en números",
+    ),
+    "help_exit": (
+        "/exit                 leave (or Ctrl-D)",
+        "/exit                 salir (o Ctrl-D)",
+    ),
+    "help_more": (
+        '"""                   begins and ends a message of several lines; // begins one with a slash',
+        '"""                   abre y cierra un mensaje de varias líneas; // empieza uno con barra',
+    ),
+    # commands: what they answer
+    "cleared": ("A new conversation.", "Conversación nueva."),
+    "undone": ("Taken back: {text}", "Deshecho: {text}"),
+    "system_is": ("System prompt: {text}", "Mensaje de sistema: {text}"),
+    "system_none": ("There is no system prompt.", "No hay mensaje de sistema."),
+    "saved": ("Saved to {path}.", "Guardado en {path}."),
+    "loaded": ("Loaded {turns} turns from {path}.", "Cargados {turns} turnos de {path}."),
+    "tokens": (
+        "{tokens} tokens, {characters} characters",
+        "{tokens} tokens, {characters} caracteres",
+    ),
+    "context_turn": (
+        "turn {number}: {tokens} tokens{state}",
+        "turno {number}: {tokens} tokens{state}",
+    ),
+    "context_left": (" (no longer read)", " (ya no se lee)"),
+    "context_system": ("system prompt: {tokens} tokens", "mensaje de sistema: {tokens} tokens"),
+    "context_sum": (
+        "{used} of {maximum} tokens used, {room} kept free for a reply",
+        "{used} de {maximum} tokens en uso, {room} reservados para la respuesta",
+    ),
+    "no_stats": ("No reply yet.", "Aún no hay respuesta."),
+    # errors
+    "unknown_command": (
+        "unknown command {name}: /help lists them, // begins a message with a slash",
+        "orden desconocida {name}: /help las muestra, // empieza un mensaje con barra",
+    ),
+    "wants": ("{name} wants {what}", "{name} necesita {what}"),
+    "unknown_setting": (
+        "unknown setting {name}: choose from {names}",
+        "ajuste desconocido {name}: elige entre {names}",
+    ),
+    "rule_from_zero": (
+        "{name} must be a number of 0 or more, got {got}",
+        "{name} debe ser un número de 0 o más, y es {got}",
+    ),
+    "rule_count_or_off": (
+        "{name} must be a whole number of 0 (off) or more, got {got}",
+        "{name} debe ser un entero de 0 (apagado) o más, y es {got}",
+    ),
+    "rule_above_zero_to_one": (
+        "{name} must be in (0, 1], got {got}",
+        "{name} debe estar en (0, 1], y es {got}",
+    ),
+    "rule_zero_to_one": (
+        "{name} must be in [0, 1], got {got}",
+        "{name} debe estar en [0, 1], y es {got}",
+    ),
+    "rule_above_zero": (
+        "{name} must be a number above 0, got {got}",
+        "{name} debe ser un número mayor que 0, y es {got}",
+    ),
+    "rule_count": (
+        "{name} must be a whole number of at least 1, got {got}",
+        "{name} debe ser un entero de 1 o más, y es {got}",
+    ),
+    "rule_seed": (
+        "{name} must be a whole number of 0 or more, got {got}",
+        "{name} debe ser un entero de 0 o más, y es {got}",
+    ),
+    "empty_message": (
+        "the message is empty: write something",
+        "el mensaje está vacío: escribe algo",
+    ),
+    "not_unicode": (
+        "the text is not valid UTF-8 (at character {place}): save or send it as UTF-8",
+        "el texto no es UTF-8 válido (en el carácter {place}): guárdalo o envíalo como UTF-8",
+    ),
+    "message_too_long": (
+        "the message has {needed} tokens, but {available} fit: shorten it",
+        "el mensaje tiene {needed} tokens, pero caben {available}: acórtalo",
+    ),
+    "system_too_long": (
+        "the system prompt has {needed} tokens, but {available} fit: shorten it",
+        "el mensaje de sistema tiene {needed} tokens, pero caben {available}: acórtalo",
+    ),
+    "no_turn": ("there is no turn yet", "todavía no hay ningún turno"),
+    "not_a_conversation": (
+        "{path} is not a saved conversation: {why}",
+        "{path} no es una conversación guardada: {why}",
+    ),
+    "file_failed": ("{path}: {why}", "{path}: {why}"),
 }
+
+
+def say(language: str, key: str, **values: object) -> str:
+    """The sentence of that key in that language, filled in.
+
+    >>> say("es", "saved", path="a.json")
+    'Guardado en a.json.'
+    """
+    return TEXTS[key][LANGUAGES.index(language)].format(**values)
+
+
+class ChatError(ValueError):
+    """What a person did that cannot be done; says so in either language."""
+
+    def __init__(self, key: str, **values: object):
+        super().__init__(say("en", key, **values))
+        self.key = key
+        self.values = values
+
+    def text(self, language: str) -> str:
+        """The sentence in that language."""
+        return say(language, self.key, **self.values)

@@ -270,7 +270,7 @@ def train(
             pairs[pair] += frequency[i]
             where[pair].add(i)
 
-    # Most frequent first, then lowest ids. A count that has changed is pushed anew when it comes up.
+    # Most frequent first, then lowest ids. A count that has changed is pushed again in its turn.
     heap = [(-count, vocab[a], vocab[b], (a, b)) for (a, b), count in pairs.items()]
     heapq.heapify(heap)
     merges: list[Pair] = []

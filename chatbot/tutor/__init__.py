@@ -1,4 +1,4 @@
-"""The tutor: the small GPT-2 that this repository trains from its own dialogues, and what it is made of.
+"""The tutor: a small GPT-2 that this repository trains from its own dialogues.
 
 dialogues/      what it may learn: reviewed text in Spanish and English
 corpus.py       dialogues -> endless conversations -> token rows

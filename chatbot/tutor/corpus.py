@@ -2,16 +2,17 @@
 
     dialogues/*.txt -> Dialogues -> conversation(length, random) -> messages -> a row of tokens
 
-Every row is a function of its random generator alone, so a run can stop and continue, and two runs
-are equal. A wording is hardly ever shown twice in the same dress: case, accents, signs and letters vary,
-a greeting may stand before it, and words are sometimes cut into other pieces than usual
-(BPE dropout, Provilkova et al. 2020).
+Every row is a function of its random generator alone, so a run can stop and continue, and two
+runs are equal. A wording is hardly ever shown twice in the same dress: case, accents, signs and
+letters vary, a greeting may stand before it, and words are sometimes cut into other pieces than
+usual (BPE dropout, Provilkova et al. 2020).
 """
 
 import re
 import unicodedata
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from random import Random
 
@@ -65,6 +66,8 @@ def read(folder: Path = FOLDER) -> Dialogues:
 def read_file(path: Path) -> dict[str, Sections]:
     """`# heading`, then `[es section]` lines, then one item per line."""
     headings: dict[str, Sections] = {}
+    sections: Sections = {}
+    lines: list[str] = []
     for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
         if line.startswith("# "):
             headings[line[2:]] = sections = {}
@@ -92,7 +95,7 @@ class Conversations:
     def messages(self, random: Random, turns: int) -> list[Message]:
         """One conversation of so many turns, after a system prompt in some of them."""
         stream = self.conversation(random)
-        messages = []
+        messages: list[Message] = []
         while sum(message["role"] == "assistant" for message in messages) < turns:
             messages.append(next(stream))
         return messages
@@ -117,9 +120,7 @@ class Conversations:
             return None
         return random.choice(["pirate", "brief", "formal", "child", "plain"])
 
-    def _turn(
-        self, random: Random, state: "_State", style: str, personal: bool
-    ) -> tuple[str, str]:
+    def _turn(self, random: Random, state: "_State", style: str, personal: bool) -> tuple[str, str]:
         """The user's message and the right reply; the state remembers what it was about."""
         weights = {
             self._topic: 4.0 if not personal else 1.0,
@@ -178,10 +179,8 @@ class Conversations:
         section, language = self.dialogues.memory[fact], state.language
         values = section[f"{language} values"]
         invented = fact == "name" or fact.endswith("_name") or fact in ("city", "computer")
-        if invented and random.random() < 0.6:
-            value = invent_name(random)
-        else:
-            value = random.choice(values)
+        invent = invented and random.random() < 0.6
+        value = invent_name(random) if invent else random.choice(values)
         if random.random() < 0.15:
             value = value.lower()
         state.facts[fact] = value
@@ -281,7 +280,7 @@ class Rows:
         while True:
             ranked = [
                 (rank, i)
-                for i, pair in enumerate(zip(parts, parts[1:]))
+                for i, pair in enumerate(pairwise(parts))
                 if (rank := self._rank.get(pair)) is not None and random.random() > 0.25
             ]
             if not ranked:
@@ -290,11 +289,17 @@ class Rows:
             parts[i : i + 2] = [parts[i] + parts[i + 1]]
 
 
-SYLLABLES = (
-    "a e i o u ba be bo ca ce co da de di do fa fe ga go ha ja jo ka ke ki la le li lo lu ma me mi mo na ne "
-    "ni no pa pe po qui ra re ri ro sa se si so ta te ti to tu va ve vi vo wa xi ya yo za zo bra cla dro "
-    "fri gue tra pli ster rond kwa zhe shi chu thi lan ber mar ton dor win gar nes kov sky ez ic an el or"
-).split()
+# fmt: off
+SYLLABLES = [
+    "a", "e", "i", "o", "u", "ba", "be", "bo", "ca", "ce", "co", "da", "de", "di", "do", "fa", "fe",
+    "ga", "go", "ha", "ja", "jo", "ka", "ke", "ki", "la", "le", "li", "lo", "lu", "ma", "me", "mi",
+    "mo", "na", "ne", "ni", "no", "pa", "pe", "po", "qui", "ra", "re", "ri", "ro", "sa", "se", "si",
+    "so", "ta", "te", "ti", "to", "tu", "va", "ve", "vi", "vo", "wa", "xi", "ya", "yo", "za", "zo",
+    "bra", "cla", "dro", "fri", "gue", "tra", "pli", "ster", "rond", "kwa", "zhe", "shi", "chu",
+    "thi", "lan", "ber", "mar", "ton", "dor", "win", "gar", "nes", "kov", "sky", "ez", "ic", "an",
+    "el", "or",
+]
+# fmt: on
 
 
 def invent_name(random: Random) -> str:
@@ -316,7 +321,7 @@ def _casing(random: Random, term: str) -> str:
 
 
 def _relax(random: Random, text: str, rate: float) -> str:
-    """Type carelessly: with probability `rate` lose case, accents or signs, and now and then a letter."""
+    """Type carelessly: with probability `rate` lose case, accents or signs; seldom a letter."""
     if random.random() < rate:
         if random.random() < 0.5:
             text = _lower(text)
@@ -356,7 +361,7 @@ def _mistype(random: Random, text: str) -> str:
 
 
 def texts(dialogues: Dialogues) -> Iterator[str]:
-    """Every written line, for learning the tokenizer; replies weigh more, being what the model writes."""
+    """Every written line, for learning the tokenizer; replies weigh more: the model writes them."""
     groups: Sequence[dict[str, Sections]] = (
         dialogues.topics,
         dialogues.small_talk,

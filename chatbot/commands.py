@@ -1,0 +1,167 @@
+"""What begins with a slash: /help, /system, /set …
+
+A command is a function (terminal, argument) -> None; its name is the function's. Whatever a person
+can get wrong is a ChatError, and changes nothing.
+
+Proof: tests/test_terminal.py.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from chatbot import settings, storage
+from chatbot.engines import display_name
+from chatbot.texts import ChatError
+
+if TYPE_CHECKING:
+    from chatbot.terminal import Terminal
+
+
+def show_help(terminal: Terminal, argument: str) -> None:
+    """List the commands."""
+    for name in COMMANDS:
+        terminal.note(f"help_{name}")
+    terminal.note("help_more")
+
+
+def system(terminal: Terminal, argument: str) -> None:
+    """Show the system prompt, or replace it."""
+    conversation = terminal.conversation
+    if argument:
+        conversation.set_system(argument)
+    key = "system_is" if conversation.system else "system_none"
+    terminal.note(key, text=conversation.system)
+
+
+def change(terminal: Terminal, argument: str) -> None:
+    """Show the settings, or change one."""
+    conversation = terminal.conversation
+    if argument:
+        name, _, value = argument.replace("=", " ").partition(" ")
+        name = name.strip("-").replace("-", "_")
+        if name not in settings.NAMES:
+            raise ChatError("unknown_setting", name=name, names=", ".join(settings.NAMES))
+        new = settings.parse(name, value.strip())
+        conversation.settings = conversation.settings.set(name, new)
+    for name in settings.NAMES:
+        terminal.line(f"{name} {getattr(conversation.settings, name)}")
+
+
+def seed(terminal: Terminal, argument: str) -> None:
+    """Fix the seed, or let it go."""
+    if argument in ("", "off"):
+        value = None if argument else terminal.conversation.settings.seed
+    else:
+        value = settings.parse("seed", argument)
+    terminal.conversation.settings = terminal.conversation.settings.set("seed", value)
+    terminal.line(f"seed {value}")
+
+
+def clear(terminal: Terminal, argument: str) -> None:
+    """Begin anew, with the same system prompt."""
+    terminal.conversation.restart(system=terminal.conversation.system)
+    terminal.note("cleared")
+
+
+def undo(terminal: Terminal, argument: str) -> None:
+    """Take back the last turn."""
+    terminal.note("undone", text=terminal.conversation.undo().user)
+
+
+def regen(terminal: Terminal, argument: str) -> None:
+    """Ask the last question again."""
+    terminal.show(terminal.conversation.regenerate())
+
+
+def save(terminal: Terminal, argument: str) -> None:
+    """Keep the conversation in a file."""
+    path = _path("/save", argument)
+    storage.save(terminal.conversation, path)
+    terminal.note("saved", path=path)
+
+
+def load(terminal: Terminal, argument: str) -> None:
+    """Go on with a conversation from a file."""
+    path = _path("/load", argument)
+    terminal.note("loaded", turns=storage.load(terminal.conversation, path), path=path)
+
+
+def export(terminal: Terminal, argument: str) -> None:
+    """Write the conversation for people to read."""
+    path = _path("/export", argument)
+    model = display_name(terminal.conversation.engine)
+    storage.export(terminal.conversation, path, terminal.language, model)
+    terminal.note("saved", path=path)
+
+
+def tokens(terminal: Terminal, argument: str) -> None:
+    """Show how a text is cut."""
+    if not argument:
+        raise ChatError("wants", name="/tokens", what="TEXT")
+    engine = terminal.conversation.engine
+    ids = engine.encode(argument)
+    terminal.line(" ".join(repr(engine.decode([i])) for i in ids))
+    terminal.note("tokens", tokens=len(ids), characters=len(argument))
+
+
+def context(terminal: Terminal, argument: str) -> None:
+    """Show what each turn costs, and which turns the model still reads."""
+    conversation = terminal.conversation
+    prompt, *costs = conversation.costs()
+    terminal.note("context_system", tokens=prompt)
+    used = prompt
+    for number, cost in enumerate(costs):
+        read = number >= conversation.first
+        used += cost if read else 0
+        state = "" if read else terminal.say("context_left")
+        terminal.note("context_turn", number=number + 1, tokens=cost, state=state)
+    maximum = conversation.engine.context_length
+    terminal.note("context_sum", used=used, maximum=maximum, room=conversation.room)
+
+
+def stats(terminal: Terminal, argument: str) -> None:
+    """Show the last reply's numbers once more."""
+    if terminal.last is None:
+        terminal.note("no_stats")
+    else:
+        terminal.footer(terminal.last)
+
+
+def leave(terminal: Terminal, argument: str) -> None:
+    """End the conversation."""
+    raise EOFError
+
+
+COMMANDS: dict[str, Callable[[Terminal, str], None]] = {
+    "help": show_help,
+    "system": system,
+    "set": change,
+    "seed": seed,
+    "clear": clear,
+    "undo": undo,
+    "regen": regen,
+    "save": save,
+    "load": load,
+    "export": export,
+    "tokens": tokens,
+    "context": context,
+    "stats": stats,
+    "exit": leave,
+}
+
+
+def run(terminal: Terminal, line: str) -> None:
+    """Do what a line that begins with a slash says; ChatError for a command that there is not."""
+    name, _, argument = line[1:].partition(" ")
+    if name not in COMMANDS:
+        raise ChatError("unknown_command", name=f"/{name}")
+    COMMANDS[name](terminal, argument.strip())
+
+
+def _path(command: str, argument: str) -> Path:
+    if not argument:
+        raise ChatError("wants", name=command, what="FILE")
+    return Path(argument).expanduser()

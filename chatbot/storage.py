@@ -1,0 +1,67 @@
+"""A conversation as a file: JSON to go on with, Markdown to read.
+
+Proof: tests/test_conversation.py.
+"""
+
+import json
+import os
+import tempfile
+from pathlib import Path
+
+from chatbot.conversation import Conversation
+from chatbot.reply import Turn
+from chatbot.texts import ChatError, say
+
+
+def save(conversation: Conversation, path: Path) -> None:
+    """Write system prompt and all turns, those that left the context too; whole or not at all."""
+    turns = [{"user": turn.user, "assistant": turn.assistant} for turn in conversation.turns]
+    content = {"model": conversation.engine.name, "system": conversation.system, "turns": turns}
+    _write(path, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
+
+
+def load(conversation: Conversation, path: Path) -> int:
+    """Replace the conversation by a saved one and say how many turns it has.
+
+    Raises ChatError, and changes nothing, for a file that is no saved conversation.
+    """
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        system = content["system"]
+        turns = [Turn(turn["user"], turn["assistant"]) for turn in content["turns"]]
+        if not all(
+            isinstance(t, str) for turn in turns for t in (turn.user, turn.assistant, system)
+        ):
+            raise TypeError("text expected")
+    except OSError as error:
+        raise ChatError("file_failed", path=path, why=error.strerror) from error
+    except (ValueError, KeyError, TypeError) as error:
+        raise ChatError("not_a_conversation", path=path, why=error) from error
+    conversation.restart(system=system, turns=turns)
+    return len(turns)
+
+
+def export(conversation: Conversation, path: Path, language: str, model: str) -> None:
+    """Write the conversation as Markdown, for people."""
+    lines = [f"# {say(language, 'conversation', model=model)}", ""]
+    if conversation.system:
+        lines += [f"**{say(language, 'system')}**: {conversation.system}", ""]
+    for turn in conversation.turns:
+        lines += [f"**{say(language, 'you')}**: {turn.user}", ""]
+        lines += [f"**{model}**: {turn.assistant}", ""]
+    _write(path, "\n".join(lines))
+
+
+def _write(path: Path, text: str) -> None:
+    """Write beside the file, then rename, so that a full disk leaves the old one whole."""
+    try:
+        descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+        try:
+            with os.fdopen(descriptor, "w", encoding="utf-8") as file:
+                file.write(text)
+            os.replace(temporary, path)
+        except BaseException:
+            Path(temporary).unlink(missing_ok=True)
+            raise
+    except OSError as error:
+        raise ChatError("file_failed", path=path, why=error.strerror) from error

@@ -1,0 +1,148 @@
+"""`make tutor`: learn the tokenizer and the model from the dialogues, and write both.
+
+The same seed and steps give the same model on the same machine. Two cores need less than an hour.
+"""
+
+import argparse
+import math
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from chatbot.tutor import corpus
+from minigpt import GPT, GPTConfig, Tokenizer
+from minigpt.files import write_json
+from minigpt.tokenizer import train as train_tokenizer
+from minigpt.train import Record, TrainConfig, count_tokens, summed_loss, train
+
+FOLDER = Path(__file__).parent
+VOCAB_SIZE = 2048
+CONTEXT = 512
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Train from start to end."""
+    options = parser().parse_args(arguments)
+    dialogues = corpus.read()
+    print(
+        f"{len(dialogues.topics)} topics; learning a tokenizer of {VOCAB_SIZE} tokens", flush=True
+    )
+    tokenizer = train_tokenizer(
+        corpus.texts(dialogues), vocab_size=VOCAB_SIZE, special_tokens=corpus.SPECIAL_TOKENS
+    )
+    tokenizer.chat_template = corpus.CHAT_TEMPLATE
+    model = new_model(tokenizer, options.seed).to(options.device)
+    conversations = corpus.Conversations(dialogues)
+    rows = corpus.Rows(conversations, tokenizer, seed=options.seed)
+    others = corpus.Rows(conversations, tokenizer, seed=options.seed + 1)
+    config = TrainConfig(
+        max_steps=options.steps,
+        learning_rate=2e-3,
+        min_lr_rate=0.01,
+        warmup_steps=min(200, options.steps // 10),
+        weight_decay=0.1,
+        eval_steps=250,
+        bf16=options.device != "cpu",  # a CPU without matrix units computes float32 faster
+        seed=options.seed,
+    )
+    history = train(
+        model,
+        lambda step: batch(rows, step),
+        config,
+        output_dir=options.runs,
+        evaluate=lambda model: evaluate(model, others),
+    )
+    save(model, tokenizer, options.output)
+    draw_curve(history, options.output / "loss.png")
+    print(f"wrote {options.output}")
+
+
+def parser() -> argparse.ArgumentParser:
+    """The flags; the defaults make the tutor that the repository contains."""
+    flags = argparse.ArgumentParser(prog="python -m chatbot.tutor", description="Train the tutor.")
+    flags.add_argument("--steps", type=int, default=3500, help="of about 4,096 tokens")
+    flags.add_argument("--seed", type=int, default=0)
+    flags.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    flags.add_argument("--output", type=Path, default=FOLDER, help="the model directory")
+    flags.add_argument("--runs", type=Path, default=Path("runs/tutor"), help="log and best model")
+    return flags
+
+
+def new_model(tokenizer: Tokenizer, seed: int) -> GPT:
+    """4 layers, 256 wide: 3.8 M parameters, with sinusoids as the first position embeddings.
+
+    They make "the token before" an easy thing to look for from the start, and copying a name is
+    little else (Vaswani et al. 2017, section 3.5, has the formula).
+    """
+    config = GPTConfig(
+        vocab_size=VOCAB_SIZE,
+        n_positions=CONTEXT,
+        n_embd=256,
+        n_layer=4,
+        n_head=4,
+        attn_pdrop=0.0,
+        resid_pdrop=0.0,
+        bos_token_id=tokenizer.eos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+    )
+    model = GPT(config, generator=torch.Generator().manual_seed(seed))
+    angles = torch.arange(CONTEXT)[:, None] * torch.exp(
+        torch.arange(0, config.n_embd, 2) * (-math.log(10000.0) / config.n_embd)
+    )  # (P, C / 2)
+    waves = torch.stack([angles.sin(), angles.cos()], dim=-1).flatten(1)  # (P, C)
+    model.wpe.weight.data.copy_(config.initializer_range * waves)
+    return model
+
+
+def batch(rows: corpus.Rows, step: int) -> dict[str, Tensor]:
+    """A step's rows as tensors: input_ids and labels, (B, T)."""
+    ids, labels = rows.batch(step)
+    return {"input_ids": torch.tensor(ids), "labels": torch.tensor(labels)}
+
+
+def evaluate(model: GPT, rows: corpus.Rows) -> Record:
+    """Perplexity of the replies in 8 batches of other conversations (made of the same wordings)."""
+    losses, tokens = 0.0, 0
+    for step in range(8):
+        part = {name: tensor.to(model.device) for name, tensor in batch(rows, step).items()}
+        losses += summed_loss(model, part).item()
+        tokens += count_tokens(part)
+    return {"loss": losses / tokens, "perplexity": math.exp(losses / tokens)}
+
+
+def save(model: GPT, tokenizer: Tokenizer, folder: Path) -> None:
+    """Write the model directory: float16 weights, tokenizer, and greedy replies by default."""
+    model.eval().half().save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    eos = tokenizer.eos_token_id
+    greedy = {"do_sample": False, "max_new_tokens": 120, "bos_token_id": eos, "eos_token_id": eos}
+    write_json(folder / "generation_config.json", {**greedy, "pad_token_id": eos})
+
+
+def draw_curve(history: Sequence[Record], path: Path) -> None:
+    """The loss over the steps, each step's and the evaluations', as a PNG."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    steps = [record for record in history if "loss" in record]
+    evaluations = [record for record in history if "eval_loss" in record]
+    figure, axes = pyplot.subplots(figsize=(7, 3.5), layout="constrained")
+    axes.plot(
+        [r["step"] for r in steps], [r["loss"] for r in steps], lw=0.5, alpha=0.5, label="batch"
+    )
+    axes.plot(
+        [r["step"] for r in evaluations], [r["eval_loss"] for r in evaluations], label="evaluation"
+    )
+    axes.set(xlabel="step", ylabel="loss per reply token (nats)", yscale="log")
+    axes.grid(alpha=0.3)
+    axes.legend()
+    figure.savefig(path, dpi=120)
+    pyplot.close(figure)
+
+
+if __name__ == "__main__":
+    main()
