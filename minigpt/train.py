@@ -57,7 +57,7 @@ class TrainConfig:
     adam_epsilon: float = 1e-8
     bf16: bool = False  # compute in bfloat16 by autocast; weights and moments stay as they are
     eval_steps: int = 0  # evaluate every so many steps, and at the end; 0: only at the end
-    metric_for_best_model: str = "eval_perplexity"
+    metric_for_best_model: str = "perplexity"
     greater_is_better: bool = False
     early_stopping_patience: int = (
         0  # stop after so many evaluations without a better one; 0: never
