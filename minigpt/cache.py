@@ -8,7 +8,8 @@ one that just left the window.
     slot(c) = c                            for the first `sinks` columns c
               sinks + (c - sinks) mod W    for all others
 
-A cache counts columns, 0, 1, 2 … in the order in which tokens came, padding included.
+A cache counts columns, 0, 1, 2 … in the order in which tokens came, padding included. It is for
+inference: gradients do not flow into it.
 
 Before: attention.py.  After: model.py.  Twin: hf_bridge/cache.py.  Proof: tests/test_cache.py.
 """
@@ -80,8 +81,8 @@ class FullCache:
     def append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Store T new (B, H, T, D) keys and values; return all S as views, (B, H, S, D)."""
         end = self.length + k.shape[-2]
-        self.keys[layer][:, :, self.length : end] = k
-        self.values[layer][:, :, self.length : end] = v
+        self.keys[layer][:, :, self.length : end] = k.detach()
+        self.values[layer][:, :, self.length : end] = v.detach()
         return self.keys[layer][:, :, :end], self.values[layer][:, :, :end]
 
     def advance(self, T: int) -> None:
@@ -138,6 +139,7 @@ class WindowCache:
 
     def append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Store T new (B, H, T, D) keys and values; return what these T may see, (B, H, S, D)."""
+        k, v = k.detach(), v.detach()
         T = k.shape[-2]
         keys, values = self.keys[layer], self.values[layer]
         if T > 1:
