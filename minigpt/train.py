@@ -1,156 +1,47 @@
 """Step 14: one loop that trains whatever parameters require grad: all of them, LoRA's or adapters'.
 
-    g     = gradient of  sum of -log p(token) over the step's tokens / their number
-    m, v  = moving means of g and g^2                     (Kingma & Ba 2015, algorithm 1)
-    w    -= rate(step) * (m^ / (sqrt(v^) + eps) + weight_decay * w)
-                                                          (Loshchilov & Hutter 2019, algorithm 2)
+    for each step: update, log;  now and then: evaluate, keep the best, keep a checkpoint
 
 A step's batches are a pure function of its number, and so is its dropout. What a run does after
-step n therefore depends on nothing but the weights and moments at step n.
+step n therefore depends on nothing but the weights and moments at step n, and a run that was
+killed goes on as if it had not been. What an update is: optimize.py.
 
 Before: data.py.  After: metrics.py.  Twin: hf_bridge/train.py.  Proof: tests/test_train.py.
 """
 
-import json
-import math
-import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+import sys
+import zlib
+from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
 
+from minigpt import runs
+from minigpt.config import to_dict
 from minigpt.model import GPT
+from minigpt.optimize import (
+    Batch,
+    Record,
+    TrainConfig,
+    count_tokens,
+    learning_rate,
+    make_optimizer,
+    processes,
+    summed_loss,
+    update,
+)
 
-Batch = Mapping[str, Tensor]  # "input_ids" and "labels" (B, T), perhaps "attention_mask"
-Record = dict[str, Any]
-IGNORED = -100  # a label that is not to be learned
-LOG = "log.jsonl"
-
-
-@dataclass(frozen=True)
-class TrainConfig:
-    """How to train; names are those of transformers' TrainingArguments where it has one.
-
-    A step is one update of the weights, from `gradient_accumulation_steps` batches. Weight decay
-    pulls on matrices only: an embedding's rows are seen rarely, and a bias or a norm has no
-    reason to be small.
-
-    >>> TrainConfig(max_steps=10, warmup_steps=20)
-    Traceback (most recent call last):
-    ValueError: warmup_steps must be in [0, max_steps], got 20 of 10
-    """
-
-    max_steps: int
-    learning_rate: float = 1e-3
-    warmup_steps: int = 0
-    min_lr_rate: float = 0.0  # where the cosine ends, as a part of learning_rate
-    gradient_accumulation_steps: int = 1
-    weight_decay: float = 0.1
-    max_grad_norm: float = 1.0  # 0: no clipping
-    adam_beta1: float = 0.9
-    adam_beta2: float = 0.95
-    adam_epsilon: float = 1e-8
-    bf16: bool = False  # compute in bfloat16 by autocast; weights and moments stay as they are
-    eval_steps: int = 0  # evaluate every so many steps, and at the end; 0: only at the end
-    metric_for_best_model: str = "perplexity"
-    greater_is_better: bool = False
-    early_stopping_patience: int = (
-        0  # stop after so many evaluations without a better one; 0: never
-    )
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        for name in ("max_steps", "gradient_accumulation_steps"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
-        for name in ("weight_decay", "max_grad_norm", "eval_steps", "early_stopping_patience"):
-            if not getattr(self, name) >= 0:
-                raise ValueError(f"{name} must be 0 or more, got {getattr(self, name)}")
-        for name in ("learning_rate", "adam_epsilon"):
-            value = getattr(self, name)
-            if not (math.isfinite(value) and value > 0):
-                raise ValueError(f"{name} must be a positive number, got {value}")
-        for name in ("adam_beta1", "adam_beta2"):
-            if not 0 <= getattr(self, name) < 1:
-                raise ValueError(f"{name} must be in [0, 1), got {getattr(self, name)}")
-        if not 0 <= self.warmup_steps <= self.max_steps:
-            raise ValueError(
-                f"warmup_steps must be in [0, max_steps], "
-                f"got {self.warmup_steps} of {self.max_steps}"
-            )
-        if not 0 <= self.min_lr_rate <= 1:
-            raise ValueError(f"min_lr_rate must be in [0, 1], got {self.min_lr_rate}")
-
-
-def learning_rate(step: int, config: TrainConfig) -> float:
-    """The rate of a step, the first being 0: up in a line, then down in half a cosine.
-
-    >>> config = TrainConfig(max_steps=6, warmup_steps=2, learning_rate=1.0, min_lr_rate=0.1)
-    >>> [round(learning_rate(step, config), 3) for step in range(7)]
-    [0.0, 0.5, 1.0, 0.868, 0.55, 0.232, 0.1]
-    """
-    if step < config.warmup_steps:
-        return config.learning_rate * step / config.warmup_steps
-    progress = (step - config.warmup_steps) / max(1, config.max_steps - config.warmup_steps)
-    cosine = 0.5 * (1 + math.cos(math.pi * progress))
-    return config.learning_rate * (config.min_lr_rate + (1 - config.min_lr_rate) * cosine)
-
-
-def make_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.AdamW:
-    """AdamW over the parameters that require grad, the decaying matrices first.
-
-    Raises ValueError if there are none.
-    """
-    embeddings = {
-        id(p) for m in model.modules() if isinstance(m, nn.Embedding) for p in m.parameters()
-    }
-    trained = [p for p in model.parameters() if p.requires_grad]
-    if not trained:
-        raise ValueError("no parameter of the model requires grad: there is nothing to train")
-    matrices = [p for p in trained if p.dim() >= 2 and id(p) not in embeddings]
-    others = [p for p in trained if p.dim() < 2 or id(p) in embeddings]
-    groups = [
-        {"params": matrices, "weight_decay": config.weight_decay},
-        {"params": others, "weight_decay": 0.0},
-    ]
-    return torch.optim.AdamW(
-        [group for group in groups if group["params"]],
-        lr=config.learning_rate,
-        betas=(config.adam_beta1, config.adam_beta2),
-        eps=config.adam_epsilon,
-        fused=True,
-    )
-
-
-def summed_loss(model: GPT, batch: Batch) -> Tensor:
-    """-log p of every token that counts, added up: a scalar, to be divided by `count_tokens`.
-
-    The labels stand where their tokens stand, and are shifted here, as in transformers: position
-    t predicts label t + 1. Only positions whose label counts go through the head, and their
-    logits are compared in float32 at least.
-    """
-    ids, labels = batch["input_ids"], batch["labels"]
-    mask = batch.get("attention_mask")
-    if mask is not None and mask[:, 0].all():
-        mask = None  # padding on the right: no real token ever looks at it
-    model.check_ids(ids)
-    x = model.hidden(ids, attention_mask=mask)[:, :-1].flatten(0, 1)  # (B * (T-1), C)
-    targets = labels[:, 1:].flatten()
-    counting = (targets != IGNORED).nonzero().squeeze(1)  # (N,)
-    logits = model.head(x.index_select(0, counting))  # (N, V)
-    if logits.dtype in (torch.bfloat16, torch.float16):
-        logits = logits.float()
-    return F.cross_entropy(logits, targets[counting], reduction="sum")
-
-
-def count_tokens(batch: Batch) -> int:
-    """How many labels of a batch are predicted: neither ignored nor the first of their row."""
-    return int((batch["labels"][:, 1:] != IGNORED).sum())
+__all__ = [
+    "Batch",
+    "Record",
+    "TrainConfig",
+    "count_tokens",
+    "learning_rate",
+    "make_optimizer",
+    "summed_loss",
+    "train",
+]
 
 
 def train(
@@ -160,115 +51,89 @@ def train(
     *,
     output_dir: str | Path | None = None,
     evaluate: Callable[[GPT], Record] | None = None,
+    save: Callable[[GPT, Path], None] | None = None,
+    resume_from_checkpoint: bool = False,
     progress: bool = True,
 ) -> list[Record]:
     """Train the model in place and return the log, one record a step and one an evaluation.
 
     `batches(i)` gives the i-th batch of the run, always the same one. `evaluate` is called with
-    the model in eval mode and returns numbers; the best by `metric_for_best_model` is kept in
-    `output_dir`/best. The log is also written to `output_dir`/log.jsonl.
+    the model in eval mode and returns numbers, among them `metric_for_best_model`; at a better
+    one the model is saved in `output_dir`/best, by `save` if it is no plain GPT (lora.save). The
+    folder also holds log, checkpoints and curves: see runs.py.
 
-    Raises FloatingPointError, before the weights are touched, if a loss or gradient is no number.
+    Raises FloatingPointError, before the weights are touched, if a loss or gradient is no number,
+    ValueError for a folder or checkpoint of another run, OSError if the disk is full; the last
+    checkpoint stays.
     """
     from tqdm import tqdm
 
+    rank, _ = processes()
     folder = None if output_dir is None else Path(output_dir)
+    optimizer = make_optimizer(model, config)
+    settings = _settings(model, batches, config)
+    state = _start(folder, model, optimizer, settings, resume_from_checkpoint)
+    if rank != 0:  # every process computes the same; one of them writes
+        folder, progress = None, False
+    bar = tqdm(
+        total=config.max_steps,
+        initial=state["step"],
+        unit="step",
+        disable=None if progress else True,
+    )
+    with bar, runs.Log(folder, state["step"]) as log:
+        while state["step"] < config.max_steps and not _stopped(state, config):
+            log.write(line := update(model, batches, optimizer, state["step"], config))
+            state["step"] += 1
+            bar.update()
+            bar.set_postfix(_shown(line))
+            last = state["step"] == config.max_steps
+            if evaluate is not None and (last or _due(config.eval_steps, state["step"])):
+                log.write(line := {"step": state["step"], **_evaluated(model, evaluate)})
+                if progress:
+                    bar.write(_told(line), file=sys.stderr)
+                if _better(line, state, config) and folder is not None:
+                    (save or GPT.save_pretrained)(model, folder / runs.BEST)
+            last = last or _stopped(state, config)
+            due = config.save_steps and (last or _due(config.save_steps, state["step"]))
+            if due and folder is not None:
+                runs.save_checkpoint(folder, model, optimizer, {**state, "settings": settings})
+        if folder is not None:
+            runs.draw_curves(log.records, folder / runs.CURVES)
+    model.eval()
+    return log.records
+
+
+def _start(
+    folder: Path | None,
+    model: GPT,
+    optimizer: torch.optim.Optimizer,
+    settings: Record,
+    resume: bool,
+) -> Record:
+    """Where the run stands: at its beginning, or at its newest checkpoint."""
     if folder is not None:
         folder.mkdir(parents=True, exist_ok=True)
-    optimizer = make_optimizer(model, config)
-    history: list[Record] = []
-    best, waited = None, 0
-    bar = tqdm(total=config.max_steps, unit="step", disable=None if progress else True)
-    with bar, open(folder / LOG, "w") if folder else nullcontext() as log:
-
-        def record(line: Record) -> None:
-            history.append(line)
-            if log is not None:
-                log.write(json.dumps(line) + "\n")
-                log.flush()
-
-        for step in range(config.max_steps):
-            record(line := _update(model, batches, optimizer, step, config))
-            bar.update()
-            speed = f"{line['tokens'] / line['seconds']:,.0f}"
-            rate = f"{line['learning_rate']:.1e}"
-            bar.set_postfix({"loss": f"{line['loss']:.3f}", "lr": rate, "tokens/s": speed})
-
-            last = step + 1 == config.max_steps
-            if evaluate is None or not (last or _every(config.eval_steps, step)):
-                continue
-            record(line := {"step": step + 1, **_evaluated(model, evaluate)})
-            value = line[f"eval_{config.metric_for_best_model}"]
-            if best is None or (value > best if config.greater_is_better else value < best):
-                best, waited = value, 0
-                if folder is not None:
-                    model.save_pretrained(folder / "best")
-            else:
-                waited += 1
-            bar.write("  ".join(f"{k} {v:,.4g}" for k, v in line.items()))
-            if config.early_stopping_patience and waited >= config.early_stopping_patience:
-                break
-    model.eval()
-    return history
+    checkpoint = runs.find_checkpoint(folder)
+    if resume and checkpoint is None:
+        raise ValueError(f"{folder} has no checkpoint to resume from")
+    if checkpoint is None:
+        return {"step": 0, "best": None, "waited": 0}
+    if not resume:
+        raise ValueError(f"{checkpoint} is there already: resume it, or give another directory")
+    return runs.load_checkpoint(checkpoint, model, optimizer, settings)
 
 
-def _update(
-    model: GPT,
-    batches: Callable[[int], Batch],
-    optimizer: torch.optim.Optimizer,
-    step: int,
-    config: TrainConfig,
-) -> Record:
-    """One step: gradients of all its batches, clipped, then AdamW."""
-    start = time.perf_counter()
-    model.train()
-    accumulation = config.gradient_accumulation_steps
-    numbers = range(step * accumulation, (step + 1) * accumulation)
-    parts = [{k: v.to(model.device) for k, v in batches(i).items()} for i in numbers]
-    tokens = sum(map(count_tokens, parts))
-    if not tokens:
-        raise ValueError(f"step {step + 1} has no token to learn: every label is {IGNORED}")
-
-    loss = 0.0
-    with _dropout_of(step, config.seed, model.device):
-        for i, part in zip(numbers, parts):
-            with torch.autocast(model.device.type, torch.bfloat16, enabled=config.bf16):
-                part_loss = summed_loss(model, part) / tokens
-            _check_finite("loss", part_loss, step, i)
-            part_loss.backward()
-            loss += part_loss.item()
-    trained = [p for group in optimizer.param_groups for p in group["params"]]
-    norm = nn.utils.clip_grad_norm_(trained, config.max_grad_norm or math.inf)
-    _check_finite("gradient", norm, step, numbers[-1])
-    rate = learning_rate(step, config)
-    for group in optimizer.param_groups:
-        group["lr"] = rate
-    optimizer.step()
-    optimizer.zero_grad()
+def _settings(model: GPT, batches: Callable[[int], Batch], config: TrainConfig) -> Record:
+    """What must be equal for a run to go on: numbers, model, trained parameters, data."""
+    trained = {name: str(tuple(p.shape)) for name, p in model.named_parameters() if p.requires_grad}
+    first = batches(0)["input_ids"]
     return {
-        "step": step + 1,
-        "loss": loss,
-        "grad_norm": norm.item(),
-        "learning_rate": rate,
-        "tokens": tokens,
-        "seconds": time.perf_counter() - start,
+        **asdict(config),
+        "model": to_dict(model.config),
+        "trained": trained,
+        "first batch": zlib.crc32(first.cpu().contiguous().numpy().tobytes()),
     }
-
-
-@contextmanager
-def _dropout_of(step: int, seed: int, device: torch.device) -> Iterator[None]:
-    """Dropout draws from the global generator: give it this step's seed, and put it back after."""
-    with torch.random.fork_rng([device] if device.type == "cuda" else []):
-        torch.manual_seed(seed * 1_000_003 + step)
-        yield
-
-
-def _check_finite(what: str, value: Tensor, step: int, batch: int) -> None:
-    if not value.isfinite():
-        raise FloatingPointError(
-            f"the {what} of step {step + 1} (batch {batch}) is {value.item()}: "
-            "lower learning_rate, or look at that batch"
-        )
 
 
 def _evaluated(model: GPT, evaluate: Callable[[GPT], Record]) -> Record:
@@ -277,5 +142,35 @@ def _evaluated(model: GPT, evaluate: Callable[[GPT], Record]) -> Record:
         return {f"eval_{name}": value for name, value in evaluate(model).items()}
 
 
-def _every(steps: int, step: int) -> bool:
-    return steps > 0 and (step + 1) % steps == 0
+def _better(line: Record, state: Record, config: TrainConfig) -> bool:
+    """Whether this evaluation is the best so far; the state takes note."""
+    name = f"eval_{config.metric_for_best_model}"
+    if name not in line:
+        raise ValueError(f"evaluate must return {name.removeprefix('eval_')}, got {_told(line)}")
+    value, best = line[name], state["best"]
+    better = best is None or (value > best if config.greater_is_better else value < best)
+    state["best"] = value if better else best
+    state["waited"] = 0 if better else state["waited"] + 1
+    return better
+
+
+def _stopped(state: Record, config: TrainConfig) -> bool:
+    return 0 < config.early_stopping_patience <= state["waited"]
+
+
+def _due(every: int, step: int) -> bool:
+    return every > 0 and step % every == 0
+
+
+def _shown(line: Record) -> dict[str, str]:
+    """A step's record for the progress bar."""
+    return {
+        "loss": f"{line['loss']:.3f}",
+        "lr": f"{line['learning_rate']:.1e}",
+        "tokens/s": f"{line['tokens'] / line['seconds']:,.0f}",
+    }
+
+
+def _told(line: Record) -> str:
+    """An evaluation's record as one line: step 20  loss 3.2  perplexity 24.5"""
+    return "  ".join(f"{name.removeprefix('eval_')} {value:,.4g}" for name, value in line.items())

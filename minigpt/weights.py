@@ -8,16 +8,14 @@ Before: model.py.  After: sampler.py.  Twin: hf_bridge/weights.py.  Proof: tests
 """
 
 import dataclasses
-import os
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from minigpt import config as config_step
-from minigpt.files import WeightsError, resolve, weight_files, write_json
+from minigpt.files import WeightsError, resolve, save_tensors, weight_files, write_json
 from minigpt.model import GPT
 
 BUFFERS = (
@@ -101,17 +99,11 @@ def save(model: GPT, folder: str | Path) -> None:
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     tensors = {
-        name if name == HEAD else PREFIX + name: tensor.detach().contiguous()
+        name if name == HEAD else PREFIX + name: tensor.detach()
         for name, tensor in model.state_dict().items()
     }
     dtype = str(model.wte.weight.dtype).removeprefix("torch.")
-    temporary = folder / ".model.safetensors.part"
-    try:
-        save_file(tensors, temporary, metadata={"format": "pt"})
-        os.replace(temporary, folder / "model.safetensors")
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
+    save_tensors(tensors, folder / "model.safetensors")
     write_json(folder / "config.json", {**config_step.to_dict(model.config), "dtype": dtype})
 
 
