@@ -22,7 +22,11 @@ from minigpt.tokenizer import train as train_tokenizer
 
 torch.set_num_threads(2)
 
-TEXTS = ["¿Qué es la caché KV?", "The attention of a model, the model's attention.", "Hola, ¿qué tal?"]
+TEXTS = [
+    "¿Qué es la caché KV?",
+    "The attention of a model, the model's attention.",
+    "Hola, ¿qué tal?",
+]
 
 
 @pytest.fixture(scope="session")

@@ -1,6 +1,6 @@
-"""Checks that minigpt computes what transformers computes: used by the tests, and by the teeth on broken code.
+"""Checks that minigpt computes what transformers computes: for the tests, and the teeth.
 
-Each check takes a pair of models with the same float64 weights and fails by AssertionError. The weights
+Each takes a pair of models with the same float64 weights and fails by AssertionError. The weights
 are drawn wide (std 0.2): with GPT-2's own 0.02 most mistakes would hide below any tolerance.
 """
 
@@ -10,11 +10,21 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import GPT2Config, GPT2LMHeadModel, set_seed
+from transformers import (
+    GPT2Config,
+    GPT2LMHeadModel,
+    MinPLogitsWarper,
+    RepetitionPenaltyLogitsProcessor,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+    set_seed,
+)
 
 from minigpt import GPT, generate
 from minigpt.cache import Cache
 from minigpt.mask import left_padding
+from minigpt.sampler import Sampler
 
 TOLERANCE = 1e-9  # float64: rounding stays near 1e-14, the smallest mistake of the teeth near 1e-6
 
@@ -149,6 +159,26 @@ def check_sampled(pair: Pair, **options: Any) -> None:
             **{"top_k": 0, **options},
         )
         assert ours.tolist() == theirs.tolist()
+
+
+def check_processed(pair: Pair, **options: Any) -> None:
+    """Sampler.process gives the scores of HF's processors, in HF's order, on random logits."""
+    chosen = {"temperature": 2.5, "top_k": 80, "top_p": 0.97, "min_p": 0.01, **options}
+    penalty = chosen.pop("repetition_penalty", 1.4)
+    logits = 3 * torch.randn(50, 97, generator=torch.Generator().manual_seed(0))
+    ids = pair.ids(B=50, T=30)
+    seen = torch.zeros(50, 97, dtype=torch.bool).scatter(1, ids, True)
+    ours = Sampler(repetition_penalty=penalty, **chosen).process(logits, seen)
+    theirs = logits
+    for processor in (
+        RepetitionPenaltyLogitsProcessor(penalty),
+        TemperatureLogitsWarper(chosen["temperature"]),
+        TopKLogitsWarper(chosen["top_k"]),
+        TopPLogitsWarper(chosen["top_p"]),
+        MinPLogitsWarper(chosen["min_p"]),
+    ):
+        theirs = processor(ids, theirs)
+    assert torch.equal(ours, theirs)
 
 
 def in_pieces(model: GPT, ids: Tensor, pieces: tuple[int, ...], cache: Cache) -> Tensor:

@@ -1,4 +1,4 @@
-"""Step 6: whole, cached, chunked and padded forwards equal transformers', in float64 and float32."""
+"""Step 6: whole, cached, chunked and padded forwards equal transformers'."""
 
 from pathlib import Path
 
