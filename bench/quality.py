@@ -1,0 +1,205 @@
+"""How well the tutor answers wordings that it was never shown: python -m bench quality.
+
+The cases in tests/held_out were written by another hand than the dialogues. A reply belongs to the
+topic whose written text it shares most words with (F1 of the words), and counts only if that is the
+expected topic and the texts agree well. Nothing is looked up for the model: it generates, greedily.
+
+Proof: tests/test_bench.py.
+"""
+
+import json
+import math
+import re
+import unicodedata
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from bench.report import Record, Table, environment
+from chatbot.engines import Engine
+from chatbot.tutor.corpus import FOLLOW_UPS, LANGUAGES, Dialogues
+
+HELD_OUT = Path(__file__).parent.parent / "tests" / "held_out"
+GROUPS = {  # group -> the part of its cases that should be right
+    "named": 0.85,
+    "unnamed": 0.50,
+    "memory": 0.90,
+    "out_of_scope": 0.88,
+    "style": 0.80,
+    "follow_up": 0.60,
+}
+IN_SCOPE_REFUSED = 0.08  # at most
+AGREES = 0.6  # F1 of the words from which a reply is the text: the tutor's texts share far fewer
+MAX_NEW_TOKENS = 120
+
+Case = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Text:
+    """Something the tutor may say: of which topic, and which of its kinds."""
+
+    topic: str
+    kind: str
+    words: Counter[str]
+
+
+class Judge:
+    """Says of which topic a reply is, by the dialogues that the tutor learned from."""
+
+    def __init__(self, dialogues: Dialogues):
+        self.dialogues = dialogues
+        self.texts = {language: list(self._texts(language)) for language in LANGUAGES}
+        self.styled = {
+            (style, language): list(self._styled(style, language))
+            for style in dialogues.styles
+            for language in LANGUAGES
+        }
+
+    def nearest(self, texts: Sequence[Text], reply: str) -> tuple[Text, float]:
+        """The text that shares most words with the reply, and the F1 of their words."""
+        words = bag(reply)
+        return max(((text, f1(words, text.words)) for text in texts), key=lambda pair: pair[1])
+
+    def is_refusal(self, case: Case, reply: str) -> bool:
+        """Whether the reply says that it does not know."""
+        text, score = self.nearest(self.texts[case["language"]], reply)
+        return text.topic == "unknown" and score >= AGREES
+
+    def is_right(self, case: Case, reply: str) -> bool:
+        """Whether the reply is what its group asks for."""
+        group, language = case["group"], case["language"]
+        if group == "memory":
+            return all(word.casefold() in reply.casefold() for word in case["expect"])
+        if group == "out_of_scope":
+            return self.is_refusal(case, reply)
+        if group == "style":
+            pattern = self.dialogues.styles[case["style"]][f"{language} pattern"][0]
+            first, last = re.split(r"\{.*\}", pattern)
+            marked = reply.startswith(first) and reply.endswith(last)
+            text, score = self.nearest(self.styled[case["style"], language], reply)
+            return marked and text.topic == case["topic"] and score >= AGREES
+        text, score = self.nearest(self.texts[language], reply)
+        kinds = {case["kind"]} if group == "follow_up" else {"answer", *FOLLOW_UPS}
+        return text.topic == case["topic"] and text.kind in kinds and score >= AGREES
+
+    def _texts(self, language: str) -> Iterable[Text]:
+        for name, topic in self.dialogues.topics.items():
+            for kind in ("answer", *FOLLOW_UPS):
+                yield Text(name, kind, bag(topic[f"{language} {kind}"][0]))
+        yield Text("unknown", "reply", bag(self.dialogues.unknown[f"{language} reply"][0]))
+        for intent, sections in self.dialogues.small_talk.items():
+            yield Text(intent, "small_talk", bag(sections[f"{language} reply"][0]))
+
+    def _styled(self, style: str, language: str) -> Iterable[Text]:
+        pattern = self.dialogues.styles[style][f"{language} pattern"][0]
+        for name, topic in self.dialogues.topics.items():
+            kinds = {kind: topic[f"{language} {kind}"][0] for kind in ("answer", *FOLLOW_UPS)}
+            yield Text(name, style, bag(pattern.format(**kinds)))
+
+
+def read_cases(group: str, folder: Path = HELD_OUT) -> list[Case]:
+    """The cases of a group: id, language, messages, and what is expected."""
+    lines = (folder / f"{group}.jsonl").read_text(encoding="utf-8").splitlines()
+    return [{**json.loads(line), "group": group} for line in lines]
+
+
+def converse(engine: Engine, case: Case) -> str:
+    """Play a case through: the model speaks wherever no reply is written, and at the end."""
+    messages: list[dict[str, str]] = []
+    for message in case["messages"]:
+        if message["content"] is None:
+            messages.append({"role": "assistant", "content": reply(engine, messages)})
+        else:
+            messages.append(message)
+    return reply(engine, messages)
+
+
+def reply(engine: Engine, messages: Sequence[dict[str, str]]) -> str:
+    """One greedy reply."""
+    ids = engine.render(messages)
+    room = engine.context_length - len(ids)
+    tokens = engine.stream(
+        ids,
+        max_new_tokens=min(MAX_NEW_TOKENS, room),
+        temperature=0,
+        top_k=0,
+        top_p=1.0,
+        min_p=0.0,
+        repetition_penalty=1.0,
+        seed=None,
+    )
+    return engine.decode(list(tokens)).strip()
+
+
+def measure(
+    engine: Engine, judge: Judge, groups: Iterable[str], *, limit: int | None = None
+) -> tuple[Record, list[str]]:
+    """Every case of these groups, and the wrong ones as readable lines."""
+    from tqdm import tqdm
+
+    cases = [case for group in groups for case in read_cases(group)[:limit]]
+    failures, right, refused = [], Counter[tuple[str, str]](), Counter[tuple[str, str]]()
+    total = Counter((case["group"], case["language"]) for case in cases)
+    for case in tqdm(cases, unit="case", disable=None):
+        key = case["group"], case["language"]
+        said = converse(engine, case)
+        good = judge.is_right(case, said)
+        right[key] += good
+        refused[key] += case["group"] in ("named", "unnamed") and judge.is_refusal(case, said)
+        if not good:
+            asked = case["messages"][-1]["content"]
+            failures.append(f"{case['id']} {case.get('topic', '')}: {asked} -> {said}")
+    table = Table("", ["group", "language", "cases", "right", "95 % interval", "aim", "met"])
+    for (group, language), count in total.items():
+        part, aim = right[group, language] / count, GROUPS[group]
+        row = [group, language, count, _percent(part), interval(right[group, language], count)]
+        table.rows.append([*row, f">= {_percent(aim)}", "yes" if part >= aim else "no"])
+    for language in LANGUAGES:
+        keys = [key for key in total if key[1] == language and key[0] in ("named", "unnamed")]
+        if keys:
+            count, wrong = sum(total[k] for k in keys), sum(refused[k] for k in keys)
+            met = "yes" if wrong / count <= IN_SCOPE_REFUSED else "no"
+            row = ["in scope, refused", language, count, _percent(wrong / count)]
+            aim_text = f"<= {_percent(IN_SCOPE_REFUSED)}"
+            table.rows.append([*row, interval(wrong, count), aim_text, met])
+    title = "Quality on held-out wordings"
+    return Record(title, [table], environment=environment()), failures
+
+
+def bag(text: str) -> Counter[str]:
+    """The words of a text, without case and accents, and how often each occurs.
+
+    >>> sorted(bag("La atención, la ATENCION").items())
+    [('atencion', 2), ('la', 2)]
+    """
+    letters = unicodedata.normalize("NFD", text.casefold())
+    plain = "".join(c for c in letters if not unicodedata.combining(c))
+    return Counter(re.findall(r"\w+", plain))
+
+
+def f1(a: Counter[str], b: Counter[str]) -> float:
+    """Harmonic mean of the parts of each that the other has: 1 for the same words.
+
+    >>> f1(bag("one two three"), bag("two three four five"))
+    0.5714285714285714
+    """
+    return 2 * (a & b).total() / max(1, a.total() + b.total())
+
+
+def interval(right: int, count: int) -> str:
+    """Wilson's 95 % interval of a rate (Wilson 1927): honest for small counts and rates near 1.
+
+    >>> interval(9, 10)
+    '60–98 %'
+    """
+    z, p = 1.96, right / count
+    center = (p + z * z / (2 * count)) / (1 + z * z / count)
+    spread = z * math.sqrt(p * (1 - p) / count + z * z / (4 * count * count)) / (1 + z * z / count)
+    return f"{100 * (center - spread):.0f}–{100 * (center + spread):.0f} %"
+
+
+def _percent(part: float) -> str:
+    return f"{100 * part:.0f} %"
