@@ -1,0 +1,76 @@
+"""Beside step 11: an adapter's two files, through peft's own configuration.
+
+peft looks for what is missing on the hub, takes a pickled adapter_model.bin as readily, and skips
+a tensor whose name it does not expect. Here each of these is an error.
+
+Twin: minigpt/peft_files.py.  Proof: tests/test_lora.py.
+"""
+
+import copy
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from peft import LoraConfig, PeftConfig
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from hf_bridge.files import WeightsError, read_json
+
+CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+
+
+def write(
+    folder: Path, settings: LoraConfig, tensors: Mapping[str, Tensor], base_model: str | None
+) -> None:
+    """Write both files. Raises ValueError for weights that are NaN."""
+    check(tensors, {name: tuple(tensor.shape) for name, tensor in tensors.items()})
+    folder.mkdir(parents=True, exist_ok=True)
+    metadata = {"format": "pt", "qkv": settings.qkv}
+    save_file({k: t.contiguous() for k, t in tensors.items()}, folder / WEIGHTS, metadata=metadata)
+    settings = copy.copy(settings)
+    settings.inference_mode, settings.base_model_name_or_path = True, base_model
+    settings.save_pretrained(folder)
+
+
+def read(folder: Path, base_model: str | None = None) -> tuple[LoraConfig, dict[str, Tensor]]:
+    """An adapter's configuration and its tensors by peft's names; WeightsError as in minigpt."""
+    path = folder / CONFIG
+    if not path.is_file():
+        raise WeightsError(f"{path} is missing: an adapter's directory holds it and {WEIGHTS}")
+    kind = read_json(path).get("peft_type")
+    if kind != "LORA":
+        raise WeightsError(f"{path}: peft_type must be LORA, got {kind!r}")
+    settings = PeftConfig.from_pretrained(folder)
+    base = settings.base_model_name_or_path
+    if base and base_model and Path(base).name != Path(base_model).name:
+        raise WeightsError(f"{path}: made for the base {base!r}, not {base_model!r}")
+    path = folder / WEIGHTS
+    if not path.is_file():
+        if (folder / "adapter_model.bin").exists():
+            raise WeightsError(
+                f"{folder} holds only adapter_model.bin, a pickle, which can run code: "
+                f"save the adapter as {WEIGHTS}"
+            )
+        raise WeightsError(f"{path} is missing: the adapter has no weights")
+    try:
+        with safe_open(path, framework="pt") as file:
+            settings.qkv = (file.metadata() or {}).get("qkv", "qkv")
+        return settings, load_file(path)
+    except SafetensorError as error:
+        raise WeightsError(f"{path} is not a whole safetensors file: {error}") from error
+
+
+def check(tensors: Mapping[str, Tensor], shapes: Mapping[str, tuple[int, ...]]) -> None:
+    """Raise ValueError, naming a tensor, unless these are finite and of just these shapes."""
+    for name in sorted(shapes.keys() - tensors.keys()):
+        raise ValueError(f"{name} is missing: its layer would compute as the base does")
+    for name, tensor in tensors.items():
+        if name not in shapes:
+            raise ValueError(f"{name} is expected by no targeted layer of this base")
+        if tuple(tensor.shape) != shapes[name]:
+            got = tuple(tensor.shape)
+            raise ValueError(f"{name} must be {shapes[name]} on this base, got {got}")
+        if not torch.isfinite(tensor).all():
+            raise ValueError(f"{name} must hold finite numbers, got NaN or infinity")
