@@ -1,0 +1,174 @@
+"""Step 2: the same ids as transformers, the same merges as the tokenizers library, whole characters."""
+
+import random
+from pathlib import Path
+
+import pytest
+from tokenizers import ByteLevelBPETokenizer
+from transformers import AutoTokenizer, GPT2Tokenizer
+
+from minigpt import Tokenizer
+from minigpt.tokenizer import StreamDecoder, train
+
+CORPORA = {
+    "prose": [
+        "The attention of a model, the model's attention: it's what they've all got.",
+        "¿Qué es la caché KV? Guarda las claves y los valores de los tokens ya leídos.",
+        "Ein größeres Modell – 1,5 Milliarden Parameter – braucht mehr Zeit.",
+        "日本語のテキスト と русский текст и 한국어 텍스트",
+    ]
+    * 3,
+    "repeats": ["aaaa aaa aa a " * 5, "ababababab abab", "\n\n\n   \t  x"],
+    "ties": ["ab cd ef gh ij kl", "ij kl ab cd ef gh"],
+}
+# Blocks whose letters, digits and signs both Unicode tables class alike, from many scripts.
+RANGES = [
+    (0x20, 0x7F), (0xA1, 0x17F), (0x386, 0x3CE), (0x410, 0x44F), (0x5D0, 0x5EA), (0x627, 0x64A),
+    (0x905, 0x939), (0xE01, 0xE30), (0x3041, 0x3096), (0x30A1, 0x30FA), (0x4E00, 0x4FFF),
+    (0xAC00, 0xAD00), (0x660, 0x669), (0x2010, 0x2027), (0x2190, 0x21FF), (0x1F600, 0x1F64F),
+    (0x300, 0x340), (0xB2, 0xB9), (0xBC, 0xBE),
+]  # fmt: skip
+PIECES = [
+    "'s",
+    "'LL",
+    "’s",
+    " ",
+    "  ",
+    "\n",
+    "\t ",
+    "\u00a0",
+    "\u3000",
+    "<|endoftext|>",
+    "\x1c",
+    "é",
+]
+
+
+def fuzz(count: int) -> list[str]:
+    """Random strings of letters, digits, signs and blanks in many scripts."""
+    chance = random.Random(0)
+
+    def piece() -> str:
+        if chance.random() < 0.4:
+            return chance.choice(PIECES)
+        low, high = chance.choice(RANGES)
+        return "".join(chr(chance.randint(low, high)) for _ in range(chance.randint(1, 5)))
+
+    return ["".join(piece() for _ in range(chance.randint(1, 8))) for _ in range(count)]
+
+
+@pytest.fixture(scope="module")
+def ours() -> Tokenizer:
+    return train(CORPORA["prose"], vocab_size=420, special_tokens=["<|endoftext|>"])
+
+
+@pytest.fixture(scope="module")
+def saved(ours: Tokenizer, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("tokenizer")
+    ours.save_pretrained(folder)
+    return folder
+
+
+def test_ids_equal_transformers_on_fuzzed_text(ours: Tokenizer, saved: Path) -> None:
+    theirs = GPT2Tokenizer.from_pretrained(saved)
+    texts = fuzz(20_000)
+    expected = theirs(texts, split_special_tokens=True).input_ids
+    assert [ours.encode(text) for text in texts] == expected
+
+
+def test_special_tokens_equal_transformers_where_allowed(ours: Tokenizer, saved: Path) -> None:
+    theirs = AutoTokenizer.from_pretrained(saved)
+    text = "one<|endoftext|> two <|endoftext|><|endoftext|>"
+    assert ours.encode(text, allow_special=True) == theirs.encode(text)
+    assert 0 not in ours.encode(text)
+    assert ours.decode(ours.encode(text, allow_special=True)) == text
+    assert "<|" not in ours.decode(theirs.encode(text), skip_special_tokens=True)
+
+
+@pytest.mark.parametrize("corpus", CORPORA)
+@pytest.mark.parametrize("vocab_size", [258, 280, 400])
+def test_training_learns_the_librarys_merges(corpus: str, vocab_size: int) -> None:
+    texts = CORPORA[corpus]
+    library = ByteLevelBPETokenizer()
+    library.train_from_iterator(
+        texts, vocab_size, min_frequency=2, special_tokens=["<|endoftext|>"], show_progress=False
+    )
+    trained = train(texts, vocab_size=vocab_size, special_tokens=["<|endoftext|>"])
+    assert trained.vocab == library.get_vocab()
+
+
+def test_decode_undoes_encode(ours: Tokenizer) -> None:
+    for text in ["", *fuzz(500), "\x00\x01", "a" * 5000]:
+        assert ours.decode(ours.encode(text)) == text
+
+
+def test_a_stream_never_shows_half_a_character(ours: Tokenizer) -> None:
+    for text in ["naïve café", "日本語 🙂🙃", "a�b", "한국어"]:
+        decoder = StreamDecoder(ours)
+        pieces = [decoder.feed(i) for i in ours.encode(text)]
+        assert "".join(pieces) == text
+        assert decoder.flush() == ""
+        assert "�" not in "".join(pieces).replace(text, "")
+        assert text.startswith(pieces[0])
+
+
+def test_a_stream_that_ends_inside_a_character_says_so(ours: Tokenizer) -> None:
+    decoder = StreamDecoder(ours)
+    ids = train([], vocab_size=256).encode("🙂")[:2]
+    plain = StreamDecoder(train([], vocab_size=256))
+    assert [plain.feed(i) for i in ids] == ["", ""]
+    assert plain.flush() == "�"
+    assert decoder.flush() == ""
+
+
+def test_a_stream_equals_decoding_at_once_even_of_broken_bytes() -> None:
+    tokenizer = train([], vocab_size=256)
+    chance = random.Random(1)
+    for _ in range(200):
+        ids = [chance.randrange(256) for _ in range(12)]
+        decoder = StreamDecoder(tokenizer)
+        assert "".join(map(decoder.feed, ids)) + decoder.flush() == tokenizer.decode(ids)
+
+
+def test_vocab_and_merges_files_read_as_tokenizer_json(ours: Tokenizer, tmp_path: Path) -> None:
+    library = ByteLevelBPETokenizer()
+    library.train_from_iterator(
+        CORPORA["prose"], 420, special_tokens=["<|endoftext|>"], show_progress=False
+    )
+    library.save_model(str(tmp_path))
+    read = Tokenizer.from_pretrained(tmp_path)
+    assert (read.vocab, read.merges) == (ours.vocab, ours.merges)
+    assert read.eos_token_id == ours.eos_token_id == 0
+
+
+def test_what_is_saved_is_read_again(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    tokenizer.save_pretrained(tmp_path)
+    read = Tokenizer.from_pretrained(tmp_path)
+    for name in ("vocab", "merges", "special_tokens", "eos_token", "chat_template"):
+        assert getattr(read, name) == getattr(tokenizer, name)
+    theirs = AutoTokenizer.from_pretrained(tmp_path)
+    assert len(theirs) == len(tokenizer)
+    assert theirs.chat_template == tokenizer.chat_template
+    assert theirs.eos_token_id == tokenizer.eos_token_id
+
+
+def test_what_cannot_be_encoded_or_decoded_is_refused(ours: Tokenizer) -> None:
+    with pytest.raises(ValueError, match="text must be valid Unicode"):
+        ours.encode("a\ud800b")
+    with pytest.raises(ValueError, match=f"one of the vocabulary's {len(ours)}, got 99999"):
+        ours.decode([5, 99999])
+    with pytest.raises(ValueError, match=r"vocab_size must be at least 257 .*, got 200"):
+        train(["x"], vocab_size=200, special_tokens=["<|endoftext|>"])
+    with pytest.raises(ValueError, match="must hold every byte and merge, got none for 'ab'"):
+        Tokenizer(train([], vocab_size=256).vocab, [("a", "b")])
+
+
+def test_a_directory_without_tokenizer_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="has no tokenizer: it needs tokenizer.json, or vocab"):
+        Tokenizer.from_pretrained(tmp_path)
+
+
+def test_another_kind_of_tokenizer_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "tokenizer.json").write_text('{"model": {"type": "WordPiece"}}')
+    with pytest.raises(ValueError, match="must be a byte-level BPE"):
+        Tokenizer.from_pretrained(tmp_path)
