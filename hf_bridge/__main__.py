@@ -1,0 +1,93 @@
+"""The command line: python -m hf_bridge COMMAND …, the same flags as python -m minigpt."""
+
+import argparse
+import sys
+from collections.abc import Sequence
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command: 0 if it worked, 2 for what the user gave, 1 for a failure of the system."""
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    arguments = [
+        a.replace("_", "-") if a.startswith("--") and "=" not in a else a for a in arguments
+    ]
+    options = parser().parse_args(arguments)
+    try:
+        options.run(options)
+    except KeyboardInterrupt:
+        return 130
+    except (ValueError, OSError) as error:
+        if options.debug:
+            raise
+        print(f"{options.command}: {error}", file=sys.stderr)
+        return 2 if isinstance(error, ValueError) else 1
+    return 0
+
+
+def parser() -> argparse.ArgumentParser:
+    """All commands and their flags."""
+    root = argparse.ArgumentParser(prog="python -m hf_bridge", description="GPT-2 by transformers.")
+    commands = root.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    generate = commands.add_parser("generate", help="continue a text")
+    generate.add_argument("--prompt", required=True, help="the text to continue")
+    for flag, kind, default in (
+        ("--max-new-tokens", int, 50),
+        ("--temperature", float, 1.0),
+        ("--top-k", int, 0),
+        ("--top-p", float, 1.0),
+        ("--min-p", float, 0.0),
+        ("--repetition-penalty", float, 1.0),
+        ("--seed", int, None),
+        ("--sliding-window", int, None),
+        ("--attention-sinks", int, 0),
+    ):
+        generate.add_argument(flag, type=kind, default=default, help=f"default: {default}")
+    generate.set_defaults(run=_generate)
+    tokenize = commands.add_parser("tokenize", help="show how a text is cut into tokens")
+    tokenize.add_argument("text")
+    tokenize.set_defaults(run=_tokenize)
+    for command in (generate, tokenize):
+        command.add_argument("--model", required=True, help="a directory, or a hub id such as gpt2")
+        command.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    return root
+
+
+def _generate(options: argparse.Namespace) -> None:
+    from hf_bridge.engine import Engine
+
+    if not options.prompt:
+        raise ValueError("--prompt must not be empty")
+    engine = Engine.from_pretrained(
+        options.model,
+        sliding_window=options.sliding_window,
+        attention_sinks=options.attention_sinks,
+    )
+    decoder = engine.stream_decoder()
+    tokens = engine.stream(
+        engine.encode(options.prompt),
+        max_new_tokens=options.max_new_tokens,
+        temperature=options.temperature,
+        top_k=options.top_k,
+        top_p=options.top_p,
+        min_p=options.min_p,
+        repetition_penalty=options.repetition_penalty,
+        seed=options.seed,
+    )
+    print(options.prompt, end="", flush=True)
+    for token in tokens:
+        print(decoder.feed(token), end="", flush=True)
+    print(decoder.flush())
+
+
+def _tokenize(options: argparse.Namespace) -> None:
+    from hf_bridge.tokenizer import Tokenizer
+
+    tokenizer = Tokenizer.from_pretrained(options.model)
+    ids = tokenizer.encode(options.text)
+    for i in ids:
+        print(f"{i:>7}  {tokenizer.decode([i])!r}")
+    print(f"{len(ids)} tokens, {len(options.text)} characters")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

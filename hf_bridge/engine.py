@@ -1,0 +1,154 @@
+"""Step 17 through transformers: chat template, generate in a thread, a cache kept by crop.
+
+apply_chat_template reads special tokens out of a user's words unless they are broken before. A
+cache that a sliding window has begun to forget cannot be cropped: the prompt is computed again.
+
+Before: generate.py.  After: nothing.  Twin: minigpt/engine.py.  Proof: tests/test_engine.py.
+"""
+
+from collections.abc import Generator, Iterator, Mapping, Sequence
+from pathlib import Path
+
+import torch
+from jinja2 import TemplateError
+
+from hf_bridge.cache import Cache
+from hf_bridge.generate import stream
+from hf_bridge.model import GPT
+from hf_bridge.tokenizer import StreamDecoder, Tokenizer
+
+ROLES = {"system": "", "user": "User: ", "assistant": "Assistant: "}
+
+
+class Engine:
+    """One model, its tokenizer and one conversation's cache; attributes as in minigpt."""
+
+    def __init__(self, model: GPT, tokenizer: Tokenizer, name: str):
+        if len(tokenizer) > model.config.vocab_size:
+            raise ValueError(
+                f"the tokenizer's {len(tokenizer)} tokens do not fit "
+                f"the model's vocabulary of {model.config.vocab_size}"
+            )
+        self.model = model
+        self.tokenizer = tokenizer
+        self.name = name
+        self.context_length = model.config.n_positions
+        self.stop: tuple[str, ...] = () if tokenizer.chat_template else ("\nUser:", "\nAssistant:")
+        self.reused = 0
+        self._cache: Cache | None = None
+        self._ids: list[int] = []
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        name_or_path: str | Path,
+        *,
+        dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None,
+        sliding_window: int | None = None,
+        attention_sinks: int = 0,
+    ) -> "Engine":
+        """Load model and tokenizer; by default onto a GPU if there is one, else in float32."""
+        device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        if dtype is None and device.type == "cpu":
+            dtype = torch.float32
+        model = GPT.from_pretrained(
+            name_or_path,
+            dtype=dtype,
+            device=device,
+            sliding_window=sliding_window,
+            attention_sinks=attention_sinks,
+        )
+        return cls(model, Tokenizer.from_pretrained(name_or_path), str(name_or_path))
+
+    def encode(self, text: str) -> list[int]:
+        """Text -> ids; what looks like a special token in it stays text."""
+        return self.tokenizer.encode(text)
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Ids -> text, special tokens left out."""
+        return self.tokenizer.decode(ids, skip_special_tokens=True)
+
+    def stream_decoder(self) -> StreamDecoder:
+        """A fresh decoder for one reply."""
+        return StreamDecoder(self.tokenizer, skip_special_tokens=True)
+
+    def render(self, messages: Sequence[Mapping[str, str]]) -> list[int]:
+        """Messages (role, content) -> ids of a prompt that ends where the assistant is to speak."""
+        if self.tokenizer.chat_template is None:
+            return self.encode(transcript(messages))
+        special, words = self.tokenizer.special_tokens, "".join(m["content"] for m in messages)
+        sign = next(s for s in map(chr, range(0xE000, 0xF8FF)) if s not in words)
+        guarded = [{**message, "content": message["content"]} for message in messages]
+        for message in guarded:
+            pieces = self.tokenizer.split_special(message["content"])
+            message["content"] = "".join(p[0] + sign + p[1:] if p in special else p for p in pieces)
+        try:
+            text = self.tokenizer.hf.apply_chat_template(
+                guarded, tokenize=False, add_generation_prompt=True
+            )
+        except TemplateError as error:
+            raise ValueError(
+                f"the model's chat template refuses these messages: {error}"
+            ) from error
+        pieces = self.tokenizer.split_special(text)
+        rows = [[special[p]] if p in special else self.encode(p.replace(sign, "")) for p in pieces]
+        return [token for row in rows for token in row]
+
+    def stream(
+        self,
+        ids: Sequence[int],
+        *,
+        max_new_tokens: int = 256,
+        temperature: float = 1.0,
+        top_k: int = 0,
+        top_p: float = 1.0,
+        min_p: float = 0.0,
+        repetition_penalty: float = 1.0,
+        seed: int | None = None,
+    ) -> Iterator[int]:
+        """Continue ids token by token, without the end token; closing it stops the model."""
+        generator = torch.Generator(self.model.device)
+        generator.manual_seed(seed) if seed is not None else generator.seed()
+        prompt = torch.tensor([list(ids)], dtype=torch.int64, device=self.model.device)  # (1, T)
+        self.model.check_ids(prompt)
+        cache, self._cache = self._cache, None
+        self.reused = 0
+        if cache is not None:
+            for held, asked in zip(self._ids[: cache.length], ids[:-1]):
+                if held != asked:
+                    break
+                self.reused += 1
+        if cache is None or not cache.truncate(self.reused):
+            cache, self.reused = self.model.new_cache(), 0
+        tokens = stream(
+            self.model,
+            prompt,
+            cache=cache,
+            max_new_tokens=max_new_tokens,
+            temperature=temperature,
+            top_k=top_k,
+            top_p=top_p,
+            min_p=min_p,
+            repetition_penalty=repetition_penalty,
+            generator=generator,
+            eos_token_id=self.tokenizer.eos_token_id,
+        )
+        return self._give(tokens, cache, list(ids))
+
+    def _give(self, tokens: Generator[int], cache: Cache, ids: list[int]) -> Iterator[int]:
+        try:
+            for token in tokens:
+                ids.append(token)
+                if token == self.tokenizer.eos_token_id:
+                    return
+                yield token
+        finally:
+            tokens.close()  # the thread has ended before anyone else gets the cache
+            self._cache, self._ids = cache, ids
+
+
+def transcript(messages: Sequence[Mapping[str, str]]) -> str:
+    """A conversation as plain text, for models that know no chat template."""
+    lines = [ROLES[message["role"]] + message["content"] for message in messages]
+    return "\n".join([*lines, "Assistant:"])

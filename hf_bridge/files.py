@@ -1,0 +1,105 @@
+"""Beside the steps: where a model's files are, by huggingface_hub.
+
+transformers would look a name up by itself, but it asks the network even for what is cached, and
+says of a wrong path that it is no repository. So: a directory first, then the cache, then the hub.
+
+Twin: minigpt/files.py.  Proof: tests/test_files.py.
+"""
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import errors, snapshot_download
+
+WANTED = [
+    "config.json",
+    "generation_config.json",
+    "model*.safetensors",
+    "model.safetensors.index.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "vocab.json",
+    "merges.txt",
+    "chat_template.jinja",
+]
+# Most special first: GatedRepoError is a RepositoryNotFoundError.
+SENTENCES = {
+    (errors.GatedRepoError,): "{0} is gated: accept its licence on the hub and set HF_TOKEN",
+    (errors.RepositoryNotFoundError, errors.RevisionNotFoundError): (
+        "no model {0!r} on the hub and no such directory, or it is private: "
+        "check the name, or set HF_TOKEN"
+    ),
+    (errors.HFValidationError,): "{0!r} is neither a directory nor a hub id",
+    (errors.LocalEntryNotFoundError,): (
+        "{0!r} is no directory, not in the cache, and the hub cannot be reached: "
+        "go online once, or give a directory"
+    ),
+}
+
+
+class WeightsError(ValueError):
+    """A model's files cannot be used; the message names the file, the tensor, and what to do."""
+
+
+def resolve(name_or_path: str | Path) -> Path:
+    """The directory of a model: itself, or the cached or freshly downloaded files of a hub id.
+
+    Raises WeightsError if it is neither, OSError if a download breaks off.
+    """
+    folder, name = Path(name_or_path).expanduser(), str(name_or_path)
+    if folder.is_dir():
+        return folder
+    if folder.exists():
+        raise WeightsError(f"{name} is a file: give the directory that holds config.json")
+    if name.startswith((".", "~", os.sep)) or "\\" in name or name.count("/") > 1 or not name:
+        raise WeightsError(f"no directory {name!r}: check the path")
+    try:
+        cached = Path(snapshot_download(name, allow_patterns=WANTED, local_files_only=True))
+        weight_files(cached)
+        if (cached / "config.json").is_file():
+            return cached
+    except (errors.HFValidationError, errors.LocalEntryNotFoundError, WeightsError):
+        pass  # not there, or not whole
+    try:
+        return Path(snapshot_download(name, allow_patterns=WANTED))
+    except Exception as error:
+        for kinds, sentence in SENTENCES.items():
+            if isinstance(error, kinds):
+                raise WeightsError(sentence.format(name)) from error
+        if isinstance(error, OSError):
+            raise
+        raise OSError(f"download of {name} failed, run the command again: {error}") from error
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The safetensors files of a model directory, which transformers will read.
+
+    Raises WeightsError if there are none; transformers would go on to look for pickled ones.
+    """
+    single, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
+    if single.is_file():
+        return [single]
+    if index.is_file():
+        names = sorted(set(read_json(index).get("weight_map", {}).values()))
+        if not names or any(Path(name).name != name for name in names):
+            raise WeightsError(f"{index} must name files beside itself, got {names}")
+        missing = [name for name in names if not (folder / name).is_file()]
+        if missing:
+            raise WeightsError(f"{index} names files that are missing: {', '.join(missing)}")
+        return [folder / name for name in names]
+    if any(folder.glob("*.bin")):
+        raise WeightsError(
+            f"{folder} holds only pickled weights (.bin), which can run code: "
+            "convert them to model.safetensors first"
+        )
+    raise WeightsError(f"{folder} has no weights: model.safetensors is missing")
+
+
+def read_json(path: Path) -> Any:
+    """The content of a JSON file; ValueError if it is none."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is not valid JSON: {error}") from error

@@ -1,0 +1,179 @@
+"""Step 2 through transformers: GPT2TokenizerFast, a Rust tokenizer behind a Python class.
+
+Left alone, it turns "<|endoftext|>" in a user's text into the end token (split_special_tokens
+stops that), adds that token to vocabularies that lack it, makes an empty vocabulary of a directory
+without tokenizer files, and decodes an unknown id as nothing. Its Unicode tables are older than
+those of the `regex` package: letters assigned since then are cut differently.
+
+Before: config.py.  After: mask.py.  Twin: minigpt/tokenizer.py.  Proof: tests/test_tokenizer.py.
+"""
+
+import json
+import re
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+from tokenizers import Tokenizer as Backend
+from tokenizers import models, pre_tokenizers, trainers
+from tokenizers.decoders import DecodeStream
+from transformers import GPT2TokenizerFast
+
+from hf_bridge.files import read_json, resolve
+
+Pair = tuple[str, str]
+NAMES = ("bos_token", "eos_token", "unk_token")
+END = "<|endoftext|>"
+
+
+class Tokenizer:
+    """`hf`, a GPT2TokenizerFast, behind minigpt's calls.
+
+    >>> tokenizer = train(["low low low lower"], vocab_size=260)
+    >>> [tokenizer.decode([i]) for i in tokenizer.encode("low lower")]
+    ['low', ' low', 'e', 'r']
+    """
+
+    def __init__(
+        self,
+        vocab: dict[str, int],
+        merges: Sequence[Pair],
+        special_tokens: dict[str, int] | None = None,
+        *,
+        eos_token: str | None = None,
+        chat_template: str | None = None,
+    ):
+        for text in (*map("".join, merges), *pre_tokenizers.ByteLevel.alphabet()):
+            if text not in vocab:  # the library would leave such a byte out of the text
+                raise ValueError(
+                    f"the vocabulary must hold every byte and merge, got none for {text!r}"
+                )
+        names = dict.fromkeys(NAMES, eos_token)
+        self.hf = GPT2TokenizerFast(vocab=vocab, merges=[*map(tuple, merges)], **names)
+        in_order = sorted(special_tokens or {}, key=(special_tokens or {}).__getitem__)
+        self.hf.add_tokens(in_order, special_tokens=True)
+        self.hf.chat_template = chat_template
+
+    def __len__(self) -> int:
+        return len(self.hf)
+
+    @property
+    def special_tokens(self) -> dict[str, int]:
+        """The tokens that no text contains, and their ids."""
+        return self.hf.get_added_vocab()
+
+    @property
+    def eos_token(self) -> str | None:
+        """The token that ends a text, or None."""
+        return self.hf.eos_token
+
+    @property
+    def eos_token_id(self) -> int | None:
+        """Its id, or None."""
+        return self.hf.eos_token_id
+
+    @property
+    def chat_template(self) -> str | None:
+        """The Jinja template of a conversation, or None."""
+        return self.hf.chat_template
+
+    def encode(self, text: str, *, allow_special: bool = False) -> list[int]:
+        """Text -> ids; a user's text keeps `allow_special` off."""
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise ValueError(f"text must be valid Unicode: {error}") from error
+        return self.hf(text, split_special_tokens=not allow_special, verbose=False).input_ids
+
+    def split_special(self, text: str) -> list[str]:
+        """Cut text around the special tokens in it."""
+        longest_first = sorted(self.special_tokens, key=len, reverse=True)
+        return re.split(f"({'|'.join(map(re.escape, longest_first)) or '(?!)'})", text)
+
+    def decode(self, ids: Iterable[int], *, skip_special_tokens: bool = False) -> str:
+        """Ids -> text; ValueError for an id that is none of this vocabulary."""
+        ids = [int(i) for i in ids]
+        for i in ids:
+            if i < 0 or self.hf.convert_ids_to_tokens(i) is None:
+                raise ValueError(f"token id must be one of the vocabulary's {len(self)}, got {i}")
+        return self.hf.decode(ids, skip_special_tokens=skip_special_tokens)
+
+    @classmethod
+    def from_pretrained(cls, name_or_path: str | Path) -> "Tokenizer":
+        """Read tokenizer.json, or vocab.json and merges.txt, from a directory or a hub id."""
+        folder = resolve(name_or_path)
+        pair = (folder / "vocab.json").is_file() and (folder / "merges.txt").is_file()
+        if not (folder / "tokenizer.json").is_file() and not pair:
+            raise ValueError(
+                f"{folder} has no tokenizer: it needs tokenizer.json, or vocab.json and merges.txt"
+            )
+        named = folder / "tokenizer_config.json"
+        eos = (read_json(named) if named.is_file() else {}).get("eos_token")
+        tokenizer = cls.__new__(cls)
+        nameless = dict.fromkeys(NAMES)
+        tokenizer.hf = GPT2TokenizerFast.from_pretrained(folder, local_files_only=True, **nameless)
+        eos = eos["content"] if isinstance(eos, dict) else eos
+        eos = END if eos is None and END in tokenizer.hf.get_vocab() else eos
+        if eos is not None:
+            tokenizer.hf.add_special_tokens(dict.fromkeys(NAMES, eos))
+        return tokenizer
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Write tokenizer.json, tokenizer_config.json and the chat template."""
+        self.hf.save_pretrained(folder)
+
+
+class StreamDecoder:
+    """Decode ids one by one by the library's DecodeStream, which waits while the text ends in
+    U+FFFD. So does one that was written in the text, until the next token; and `flush`, which it
+    has not, is the whole text without what was shown.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, *, skip_special_tokens: bool = False):
+        self.tokenizer = tokenizer
+        self.skip_special_tokens = skip_special_tokens
+        self._stream = DecodeStream(skip_special_tokens=skip_special_tokens)
+        self._ids: list[int] = []
+        self._shown = 0
+
+    def feed(self, token: int) -> str:
+        """The text that this id completes, sometimes nothing yet."""
+        self._ids.append(token)
+        text = self._stream.step(self.tokenizer.hf.backend_tokenizer, token) or ""
+        self._shown += len(text)
+        return text
+
+    def flush(self) -> str:
+        """What is still held back, at the end of a reply."""
+        whole = self.tokenizer.decode(self._ids, skip_special_tokens=self.skip_special_tokens)
+        rest, self._shown = whole[self._shown :], len(whole)
+        return rest
+
+
+def train(
+    texts: Iterable[str],
+    *,
+    vocab_size: int,
+    min_frequency: int = 2,
+    special_tokens: Sequence[str] = (),
+) -> Tokenizer:
+    """Learn the merges by the tokenizers library's BpeTrainer; ids run as in minigpt."""
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    if vocab_size < len(alphabet) + len(special_tokens):
+        raise ValueError(
+            f"vocab_size must be at least {len(alphabet) + len(special_tokens)} "
+            f"(bytes and special tokens), got {vocab_size}"
+        )
+    backend = Backend(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        min_frequency=min_frequency,
+        special_tokens=list(special_tokens),
+        initial_alphabet=alphabet,
+        show_progress=False,
+    )
+    backend.train_from_iterator(texts, trainer)
+    model = json.loads(backend.to_str())["model"]
+    specials = {text: model["vocab"][text] for text in special_tokens}
+    eos = next(iter(special_tokens), None)
+    return Tokenizer(model["vocab"], [*map(tuple, model["merges"])], specials, eos_token=eos)

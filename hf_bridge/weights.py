@@ -1,0 +1,111 @@
+"""Step 7 through transformers: from_pretrained, and what it must be asked so as not to guess.
+
+Left alone, it initialises a missing weight at random with a printed table, takes pickled files
+where there are no others, asks on the terminal whether to run a model's code, and casts to the
+dtype that config.json names. It ignores `attn.bias` buffers by itself, but not `masked_bias`.
+
+Before: model.py.  After: sampler.py.  Twin: minigpt/weights.py.  Proof: tests/test_weights.py.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from transformers import GPT2LMHeadModel
+from transformers.generation import GenerationConfig
+from transformers.utils import logging
+
+from hf_bridge import config as config_step
+from hf_bridge.files import WeightsError, resolve, weight_files
+from hf_bridge.model import GPT
+
+
+def load(
+    name_or_path: str | Path,
+    *,
+    dtype: torch.dtype | None = None,
+    device: torch.device | str = "cpu",
+) -> GPT:
+    """A model ready for inference; WeightsError for files that are missing, damaged or foreign."""
+    folder = resolve(name_or_path)
+    config = config_step.read(folder)
+    files = weight_files(folder)
+    try:
+        with _quiet():
+            hf, report = GPT2LMHeadModel.from_pretrained(
+                folder,
+                config=config,
+                dtype=dtype or "auto",
+                use_safetensors=True,
+                local_files_only=True,
+                trust_remote_code=False,
+                ignore_mismatched_sizes=True,  # not ignored: reported, with the others, below
+                output_loading_info=True,
+            )
+    except SafetensorError as error:
+        raise WeightsError(_diagnose(files, error)) from error
+    _check(folder, report)
+    with torch.device("meta"):
+        model = GPT(config)
+    model.hf = hf.to(device)
+    model._slide(None, 0)
+    return model.eval()
+
+
+def save(model: GPT, folder: str | Path) -> None:
+    """Write config.json, model.safetensors and generation_config.json; not atomic."""
+    model.hf.generation_config = GenerationConfig.from_model_config(model.config)
+    try:
+        with _quiet():
+            model.hf.save_pretrained(folder)
+    finally:
+        model.hf.generation_config = GenerationConfig()
+
+
+def _check(folder: Path, report: dict) -> None:
+    """Raise WeightsError, naming up to three tensors, if anything was left over or out."""
+    unknown = [n for n in report["unexpected_keys"] if not n.endswith(".attn.masked_bias")]
+    shapes = [
+        f"{_ours(name)} is {tuple(found)}, config.json says {tuple(expected)}"
+        for name, found, expected in report["mismatched_keys"]
+    ]
+    for what, names in (
+        ("tensors missing", report["missing_keys"] - {n for n, *_ in report["mismatched_keys"]}),
+        ("tensors unknown to GPT-2", unknown),
+        ("tensors of another shape", shapes),
+    ):
+        if names:
+            shown = sorted(map(_ours, names))
+            more = f" and {len(shown) - 3} more" if len(shown) > 3 else ""
+            raise WeightsError(f"{folder} has {what}: {', '.join(shown[:3])}{more}")
+
+
+def _ours(name: str) -> str:
+    return name.removeprefix("transformer.")
+
+
+def _diagnose(files: list[Path], error: SafetensorError) -> str:
+    """Which file it was, and what it is instead; transformers names none."""
+    for path in files:
+        head = path.open("rb").read(64)
+        if head.startswith(b"version https://git-lfs"):
+            return f"{path} is a Git LFS pointer, not the weights: run `git lfs pull` there"
+        if head.lstrip()[:1] == b"<":
+            return f"{path} is a web page, not the weights: download it again"
+    return f"{files[-1]} is not a whole safetensors file ({error}): download it again"
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """No progress bar, no printed table; the settings are put back afterwards."""
+    level, bar = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
+        if bar:
+            logging.enable_progress_bar()
