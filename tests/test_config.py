@@ -1,4 +1,4 @@
-"""Step 1: transformers reads our config.json as the same model, and what makes no GPT-2 is refused."""
+"""Step 1: transformers reads our config.json as the same model; no other model is accepted."""
 
 import json
 from pathlib import Path

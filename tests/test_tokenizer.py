@@ -1,4 +1,4 @@
-"""Step 2: the same ids as transformers, the same merges as the tokenizers library, whole characters."""
+"""Step 2: the ids of transformers, the merges of the tokenizers library, whole characters."""
 
 import random
 from pathlib import Path
@@ -164,7 +164,7 @@ def test_what_cannot_be_encoded_or_decoded_is_refused(ours: Tokenizer) -> None:
 
 
 def test_a_directory_without_tokenizer_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="has no tokenizer: it needs tokenizer.json, or vocab"):
+    with pytest.raises(ValueError, match=r"has no tokenizer: it needs tokenizer\.json, or vocab"):
         Tokenizer.from_pretrained(tmp_path)
 
 

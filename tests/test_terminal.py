@@ -1,0 +1,129 @@
+"""The real program in a pseudo-terminal, driven as a person would."""
+
+import os
+import re
+import select
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+pty = pytest.importorskip("pty", reason="pseudo-terminals are a Unix thing")
+ROOT = Path(__file__).parent.parent
+
+
+class Screen:
+    """A running chat: type into it, wait for what it shows."""
+
+    def __init__(self, *arguments: str):
+        self.master, slave = pty.openpty()
+        environment = {**os.environ, "NO_COLOR": "1", "LC_ALL": "C.UTF-8", "TERM": "dumb"}
+        command = [sys.executable, "-m", "chatbot", *arguments]
+        self.process = subprocess.Popen(
+            command, stdin=slave, stdout=slave, stderr=slave, cwd=ROOT, env=environment,
+            start_new_session=True, preexec_fn=lambda: os.environ and _own_terminal(),
+        )  # fmt: skip
+        os.close(slave)
+        self.seen = ""
+
+    def wait(self, pattern: str, seconds: float = 60) -> str:
+        """What was shown since the last wait, up to the pattern."""
+        end = time.monotonic() + seconds
+        while not (match := re.search(pattern, self.seen)):
+            assert time.monotonic() < end, f"no {pattern!r} in {self.seen!r}"
+            if select.select([self.master], [], [], 0.1)[0]:
+                try:
+                    self.seen += os.read(self.master, 65536).decode(errors="replace")
+                except OSError:  # the program has gone
+                    assert re.search(pattern, self.seen), self.seen
+        shown, self.seen = self.seen[: match.end()], self.seen[match.end() :]
+        return shown
+
+    def type(self, text: str) -> None:
+        os.write(self.master, text.encode())
+
+    def ask(self, text: str, pattern: str) -> str:
+        """Type a line at the prompt and wait for an answer, then for the next prompt."""
+        self.type(text + "\n")
+        shown = self.wait(pattern)
+        self.wait("> $")
+        return shown
+
+    def end(self) -> int:
+        code = self.process.wait(timeout=30)
+        os.close(self.master)
+        return code
+
+
+def _own_terminal() -> None:
+    """Make the pseudo-terminal the child's own, so that Ctrl-C in it is a signal."""
+    import fcntl
+    import termios
+
+    fcntl.ioctl(0, termios.TIOCSCTTY, 0)
+
+
+@pytest.mark.slow
+def test_a_conversation_from_greeting_to_goodbye(chat_model: Path, tmp_path: Path) -> None:
+    screen = Screen(
+        "--model", str(chat_model), "--seed", "1", "--temperature", "1", "--max-new-tokens", "5"
+    )
+    greeting = screen.wait("> $")
+    assert "engine minigpt · context of 128 tokens" in greeting
+    assert "may be wrong" in greeting
+    assert "s to first token" in screen.ask("hola", r"context \d+/128")
+    assert "from the cache" in screen.ask("otra vez", r"from the cache")
+    assert screen.ask("/help", "/exit").count("\n/") >= 12
+    assert "turn 2:" in screen.ask("/context", "kept free for a reply")
+    screen.ask("/set top_p 0.5", "top_p 0.5")
+    screen.ask("/set top_p 7", r"top_p must be in \(0, 1\], got 7")
+    screen.ask("/set nonsense 7", "unknown setting nonsense: choose from temperature")
+    screen.ask("/nonsense", "unknown command /nonsense")
+    screen.ask("/seed 4", "seed 4")
+    screen.ask("/tokens hola", r"\d+ tokens, 4 characters")
+    screen.ask(f"/save {tmp_path}/c.json", "Saved to")
+    screen.ask(f"/export {tmp_path}/c.md", "Saved to")
+    screen.ask("/undo", "Taken back: otra vez")
+    screen.ask("/system Be brief.", "System prompt: Be brief.")
+    screen.ask(f"/load {tmp_path}/c.json", "Loaded 2 turns")
+    screen.ask("/load", "/load wants FILE")
+    screen.ask("/regen", r"context \d+/128")
+    screen.ask("//help", r"context \d+/128")
+    screen.ask("/stats", r"context \d+/128")
+    screen.ask("palabra " * 60, "tokens, but .* fit: shorten it")
+    screen.ask("/clear", "A new conversation.")
+    screen.type('"""first line\n')
+    screen.wait("… ")
+    screen.type('second line"""\n')
+    screen.wait(r"context \d+/128")
+    screen.wait("> $")
+    screen.type("\x04")
+    screen.wait("Bye.")
+    assert screen.end() == 0
+
+
+@pytest.mark.slow
+def test_ctrl_c_stops_a_reply_and_keeps_it_and_leaves_at_the_prompt(
+    tmp_path: Path, tokenizer
+) -> None:
+    import torch
+
+    from minigpt import GPT, GPTConfig
+
+    # Slow enough to be interrupted, and without an end token that it could draw.
+    config = GPTConfig(vocab_size=300, n_positions=1000, n_embd=768, n_layer=6, n_head=12)
+    GPT(config, generator=torch.Generator().manual_seed(0)).save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    screen = Screen("--model", str(tmp_path), "--max-new-tokens", "900", "--seed", "2")
+    screen.wait("> $")
+    screen.type("hola\n")
+    screen.wait("hola\r\n.{3}")
+    screen.type("\x03")
+    shown = screen.wait(r"stopped; what came is kept(.|\n)*context \d+/1000")
+    assert shown
+    screen.wait("> $")
+    screen.ask("/context", r"turn 1: \d+ tokens")
+    screen.type("\x03")
+    assert screen.end() == 130
