@@ -4,8 +4,9 @@ Left alone, it decays embeddings too, cuts batches by process and epoch rather t
 divides GPT-2's loss by a count that holds each row's first label, which is never predicted (it
 leaves that out for classes named …ForCausalLM), keeps its sum of losses in float32 (and the
 model's own loss is computed in float32 even for a float64 model), replaces a NaN loss by an
-average, and resumes with other settings after a warning. Its checkpoints hold optimizer and random state as pickles (read back with
-weights_only=True) and are not written at one stroke: a full disk can leave half of one.
+average, and resumes with other settings after a warning. Its checkpoints hold optimizer and
+random state as pickles (read back with weights_only=True) and are not written at one stroke: a
+full disk can leave half of one.
 
 Before: data.py.  After: metrics.py.  Twin: minigpt/train.py.  Proof: tests/test_train.py.
 """
