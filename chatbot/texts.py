@@ -102,8 +102,8 @@ TEXTS: dict[str, tuple[str, str]] = {
         "/exit                 salir (o Ctrl-D)",
     ),
     "help_more": (
-        '"""                   begins and ends a message of several lines; // begins one with a slash',
-        '"""                   abre y cierra un mensaje de varias líneas; // empieza uno con barra',
+        '"""                   begins and ends a message of several lines; // is a slash',
+        '"""                   abre y cierra un mensaje de varias líneas; // es una barra',
     ),
     # commands: what they answer
     "cleared": ("A new conversation.", "Conversación nueva."),

@@ -3,7 +3,7 @@
 A turn's prompt is the last turn's prompt, its reply, and something new. The engine finds how much
 of it the cache already holds and computes only the rest.
 
-Before: generate.py.  After: nothing.  Twin: hf_bridge/engine.py.  Proof: tests/test_engine.py.
+Before: metrics.py.  After: nothing.  Twin: hf_bridge/engine.py.  Proof: tests/test_engine.py.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -124,19 +124,23 @@ class Engine:
             self.reused = _common_prefix(self._ids[: cache.length], ids[:-1])
         if cache is None or not cache.truncate(self.reused):
             cache, self.reused = self.model.new_cache(), 0
-        tokens = stream(
-            self.model,
-            prompt,
-            cache=cache,
-            max_new_tokens=max_new_tokens,
-            temperature=temperature,
-            top_k=top_k,
-            top_p=top_p,
-            min_p=min_p,
-            repetition_penalty=repetition_penalty,
-            generator=generator,
-            eos_token_id=self.tokenizer.eos_token_id,
-        )
+        try:
+            tokens = stream(
+                self.model,
+                prompt,
+                cache=cache,
+                max_new_tokens=max_new_tokens,
+                temperature=temperature,
+                top_k=top_k,
+                top_p=top_p,
+                min_p=min_p,
+                repetition_penalty=repetition_penalty,
+                generator=generator,
+                eos_token_id=self.tokenizer.eos_token_id,
+            )
+        except ValueError:  # nothing was computed: the cache holds what it held
+            self._cache = cache
+            raise
         return self._give(tokens, cache, list(ids))
 
     def _give(self, tokens: Iterator[int], cache: Cache, ids: list[int]) -> Iterator[int]:

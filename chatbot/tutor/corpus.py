@@ -46,7 +46,7 @@ class Dialogues:
 
 
 def read(folder: Path = FOLDER) -> Dialogues:
-    """Read a directory of dialogues; ValueError with file and line for a line that stands nowhere."""
+    """Read a directory of dialogues; ValueError with file and line for a blank line."""
     topics = {}
     for path in sorted((folder / "topics").glob("*.txt")):
         (topics[path.stem],) = read_file(path).values()
@@ -229,8 +229,8 @@ class _State:
 class Rows:
     """Rows of token ids, cut from conversations: step -> a batch, always the same one."""
 
-    # Tokens a row, rows a batch, how often: most batches are first turns, since that is where the tutor
-    # decides what it was asked; the longest rows teach positions as far as the chat's context reaches.
+    # Tokens a row, rows a batch, how often: most batches are first turns, since there the tutor
+    # decides what it was asked; the longest rows teach all positions of the chat's context.
     SHAPES = ((64, 64, 0.55), (128, 32, 0.25), (256, 16, 0.15), (512, 8, 0.05))
 
     def __init__(self, conversations: Conversations, tokenizer: Tokenizer, *, seed: int):
