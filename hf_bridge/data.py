@@ -32,11 +32,11 @@ Collate = Callable[[Sequence[Example], torch.Generator], Batch]
 
 _SPELLING = [
     normalizers.Replace(Regex(r"\r\n?"), "\n"),
-    normalizers.Replace(Regex(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\ufeff]"), ""),
+    normalizers.Replace(Regex(r"[\x{0}-\x{8}\x{b}-\x{1f}\x{7f}-\x{9f}\x{feff}]"), ""),
 ]
 _NFC = normalizers.Sequence([*_SPELLING, normalizers.NFC()])
 _ASCII = normalizers.Sequence(
-    [*_SPELLING, normalizers.NFKD(), normalizers.Replace(Regex(r"[^\x00-\x7f]"), "")]
+    [*_SPELLING, normalizers.NFKD(), normalizers.Replace(Regex(r"[^\x{0}-\x{7f}]"), "")]
 )
 
 
