@@ -6,7 +6,7 @@ file that would load as a no-op (peft warns at most); new adapters come in eval 
 model is, else their dropout acts; the choice of q, k and v, here by a hook on B's gradient; and a
 way back from `merge_and_unload`, which adds to the base in place: it gets a copy.
 
-Before: quant.py.  After: adapters.py.  Twin: minigpt/lora.py.  Proof: tests/test_lora.py.
+Before: generate.py.  After: adapters.py.  Twin: minigpt/lora.py.  Proof: tests/test_lora.py.
 """
 
 import copy
@@ -162,7 +162,7 @@ def _attach(model: GPT, config: LoraConfig, name: str, generator: torch.Generato
     qkv = config.qkv
     if qkv != THIRDS and not any(path.endswith("c_attn") for path in targeted):
         raise ValueError(f"qkv chooses within c_attn, which is no target, got qkv={qkv!r}")
-    config.inference_mode = False
+    config.inference_mode, config.base_model_name_or_path = False, None
     with _lent(generator):
         if isinstance(model.hf, PeftModel):
             model.hf.add_adapter(name, config)

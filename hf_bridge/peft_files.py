@@ -27,7 +27,9 @@ def write(
     """Write both files. Raises ValueError for weights that are NaN."""
     check(tensors, {name: tuple(tensor.shape) for name, tensor in tensors.items()})
     folder.mkdir(parents=True, exist_ok=True)
-    metadata = {"format": "pt", "qkv": settings.qkv}
+    metadata = {"format": "pt"}
+    if settings.qkv != "qkv":  # here, since peft warns about fields that it does not know
+        metadata["qkv"] = settings.qkv
     save_file({k: t.contiguous() for k, t in tensors.items()}, folder / WEIGHTS, metadata=metadata)
     settings = copy.copy(settings)
     settings.inference_mode, settings.base_model_name_or_path = True, base_model

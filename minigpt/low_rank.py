@@ -123,6 +123,7 @@ class LoRALinear(nn.Module):
         self.in_features, self.out_features = sizes(base)
         self.adapters = nn.ModuleDict()
         self.active: str | None = None
+        self.train(base.training)
 
     def add(
         self,

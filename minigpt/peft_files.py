@@ -52,8 +52,9 @@ def write(
     check(tensors, {name: tuple(tensor.shape) for name, tensor in tensors.items()})
     folder.mkdir(parents=True, exist_ok=True)
     temporary = folder / f".{WEIGHTS}.part"
-    # peft warns about fields that it does not know, so the choice of q, k and v stands in here.
-    metadata = {"format": "pt", "qkv": settings["qkv"]}
+    metadata = {"format": "pt"}
+    if settings["qkv"] != "qkv":  # here, since peft warns about fields that it does not know
+        metadata["qkv"] = settings["qkv"]
     try:
         named = {PREFIX + name + SUFFIX: t.contiguous() for name, t in tensors.items()}
         save_file(named, temporary, metadata=metadata)
