@@ -202,7 +202,7 @@ def _targeted(model: GPT, targets: Iterable[str]) -> dict[str, tuple[int, int]]:
         elif hasattr(layer, "in_features"):
             linear[path] = (layer.in_features, layer.out_features)
     found = {t: [p for p in linear if f".{p}".endswith(f".{t}")] for t in targets}
-    missed = [target for target, paths in found.items() if not paths]
+    missed = sorted(target for target, paths in found.items() if not paths)
     if missed or not found:
         raise ValueError(
             "targets must be names of linear layers: c_attn, c_proj, c_fc, or attn.c_proj and so "

@@ -5,7 +5,7 @@
 low_rank.py computes this; here a model's layers are wrapped in it, and unwrapped. Several adapters
 may be loaded, under names, and one of them, or none, is active.
 
-Before: quant.py.  After: adapters.py.  Twin: hf_bridge/lora.py.  Proof: tests/test_lora.py.
+Before: generate.py.  After: adapters.py.  Twin: hf_bridge/lora.py.  Proof: tests/test_lora.py.
 """
 
 from collections.abc import Iterable
@@ -152,7 +152,7 @@ def _targeted(model: GPT, targets: Iterable[str]) -> dict[str, nn.Module]:
         if isinstance(layer, Conv1D) or hasattr(layer, "in_features")
     }
     found = {t: [p for p in linear if f".transformer.{p}".endswith(f".{t}")] for t in targets}
-    missed = [target for target, paths in found.items() if not paths]
+    missed = sorted(target for target, paths in found.items() if not paths)
     if missed or not found:
         raise ValueError(
             "targets must be names of linear layers: c_attn, c_proj, c_fc, or attn.c_proj and so "
