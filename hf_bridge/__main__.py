@@ -46,7 +46,14 @@ def parser() -> argparse.ArgumentParser:
     tokenize = commands.add_parser("tokenize", help="show how a text is cut into tokens")
     tokenize.add_argument("text")
     tokenize.set_defaults(run=_tokenize)
-    for command in (generate, tokenize):
+    trace = commands.add_parser("trace", help="show every tensor of a forward")
+    trace.add_argument("text")
+    trace.add_argument("--attention", type=int, metavar="LAYER", help="draw this layer's heads")
+    trace.add_argument("--output", default="attention.png", metavar="FILE", help="the drawing")
+    trace.add_argument("--sliding-window", type=int, metavar="W", help="attend to W tokens only")
+    trace.add_argument("--attention-sinks", type=int, default=0, metavar="N")
+    trace.set_defaults(run=_trace)
+    for command in (generate, tokenize, trace):
         command.add_argument("--model", required=True, help="a directory, or a hub id such as gpt2")
         command.add_argument("--debug", action="store_true", help="show the traceback of an error")
     return root
@@ -87,6 +94,32 @@ def _tokenize(options: argparse.Namespace) -> None:
     for i in ids:
         print(f"{i:>7}  {tokenizer.decode([i])!r}")
     print(f"{len(ids)} tokens, {len(options.text)} characters")
+
+
+def _trace(options: argparse.Namespace) -> None:
+    import torch
+
+    from hf_bridge import GPT, Tokenizer, picture
+    from hf_bridge.trace import trace
+
+    model = GPT.from_pretrained(
+        options.model,
+        dtype=torch.float32,
+        sliding_window=options.sliding_window,
+        attention_sinks=options.attention_sinks,
+    )
+    tokenizer = Tokenizer.from_pretrained(options.model)
+    layer, layers = options.attention, model.config.n_layer
+    if layer is not None and not 0 <= layer < layers:
+        raise ValueError(f"--attention must be a layer from 0 to {layers - 1}, got {layer}")
+    ids = tokenizer.encode(options.text)
+    seen = trace(model, torch.tensor([ids], dtype=torch.int64))
+    print(picture.table(seen))
+    if layer is not None:
+        title = f"{options.model}, layer {layer}: who looks at whom"
+        pattern = seen[f"h.{layer}.attn.pattern"][0]  # (H, T, T)
+        picture.draw(pattern, picture.labels(tokenizer, ids), options.output, title=title)
+        print(f"wrote {options.output}", file=sys.stderr)
 
 
 if __name__ == "__main__":
