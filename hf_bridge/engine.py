@@ -3,7 +3,7 @@
 apply_chat_template reads special tokens out of a user's words unless they are broken before. A
 cache that a sliding window has begun to forget cannot be cropped: the prompt is computed again.
 
-Before: generate.py.  After: nothing.  Twin: minigpt/engine.py.  Proof: tests/test_engine.py.
+Before: trace.py.  After: nothing.  Twin: minigpt/engine.py.  Proof: tests/test_engine.py.
 """
 
 from collections.abc import Generator, Iterator, Mapping, Sequence
@@ -121,19 +121,23 @@ class Engine:
                 self.reused += 1
         if cache is None or not cache.truncate(self.reused):
             cache, self.reused = self.model.new_cache(), 0
-        tokens = stream(
-            self.model,
-            prompt,
-            cache=cache,
-            max_new_tokens=max_new_tokens,
-            temperature=temperature,
-            top_k=top_k,
-            top_p=top_p,
-            min_p=min_p,
-            repetition_penalty=repetition_penalty,
-            generator=generator,
-            eos_token_id=self.tokenizer.eos_token_id,
-        )
+        try:
+            tokens = stream(
+                self.model,
+                prompt,
+                cache=cache,
+                max_new_tokens=max_new_tokens,
+                temperature=temperature,
+                top_k=top_k,
+                top_p=top_p,
+                min_p=min_p,
+                repetition_penalty=repetition_penalty,
+                generator=generator,
+                eos_token_id=self.tokenizer.eos_token_id,
+            )
+        except ValueError:  # nothing was computed: the cache holds what it held
+            self._cache = cache
+            raise
         return self._give(tokens, cache, list(ids))
 
     def _give(self, tokens: Generator[int], cache: Cache, ids: list[int]) -> Iterator[int]:

@@ -2,7 +2,8 @@
 
 Left alone, it initialises a missing weight at random with a printed table, takes pickled files
 where there are no others, asks on the terminal whether to run a model's code, and casts to the
-dtype that config.json names. It ignores `attn.bias` buffers by itself, but not `masked_bias`.
+dtype that config.json names, whole numbers too. Of old files' buffers it knows `attn.bias`, not
+`masked_bias`.
 
 Before: model.py.  After: sampler.py.  Twin: minigpt/weights.py.  Proof: tests/test_weights.py.
 """
@@ -12,7 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from transformers import GPT2LMHeadModel
 from transformers.generation import GenerationConfig
 from transformers.utils import logging
@@ -33,6 +34,7 @@ def load(
     config = config_step.read(folder)
     files = weight_files(folder)
     try:
+        whole = [name for path in files for name in _whole_numbers(path)]
         with _quiet():
             hf, report = GPT2LMHeadModel.from_pretrained(
                 folder,
@@ -46,7 +48,7 @@ def load(
             )
     except SafetensorError as error:
         raise WeightsError(_diagnose(files, error)) from error
-    _check(folder, report)
+    _check(folder, report, whole)
     with torch.device("meta"):
         model = GPT(config)
     model.hf = hf.to(device)
@@ -55,7 +57,18 @@ def load(
 
 
 def save(model: GPT, folder: str | Path) -> None:
-    """Write config.json, model.safetensors and generation_config.json; not atomic."""
+    """Write config.json, model.safetensors and generation_config.json; not atomic.
+
+    Raises ValueError for a model with wrapped layers: the library would save what wraps them.
+    """
+    with torch.device("meta"):
+        plain = GPT(model.config).state_dict()
+    foreign = [name for name in model.state_dict() if name not in plain]
+    if foreign:
+        raise ValueError(
+            f"only a plain GPT can be saved, this one holds {foreign[0]}: merge or take off what "
+            "wraps its layers, or save that by its own step"
+        )
     model.hf.generation_config = GenerationConfig.from_model_config(model.config)
     try:
         with _quiet():
@@ -64,7 +77,7 @@ def save(model: GPT, folder: str | Path) -> None:
         model.hf.generation_config = GenerationConfig()
 
 
-def _check(folder: Path, report: dict) -> None:
+def _check(folder: Path, report: dict, whole_numbers: list[str]) -> None:
     """Raise WeightsError, naming up to three tensors, if anything was left over or out."""
     unknown = [n for n in report["unexpected_keys"] if not n.endswith(".attn.masked_bias")]
     shapes = [
@@ -75,11 +88,19 @@ def _check(folder: Path, report: dict) -> None:
         ("tensors missing", report["missing_keys"] - {n for n, *_ in report["mismatched_keys"]}),
         ("tensors unknown to GPT-2", unknown),
         ("tensors of another shape", shapes),
+        ("tensors that are no floats", whole_numbers),
     ):
         if names:
             shown = sorted(map(_ours, names))
             more = f" and {len(shown) - 3} more" if len(shown) > 3 else ""
             raise WeightsError(f"{folder} has {what}: {', '.join(shown[:3])}{more}")
+
+
+def _whole_numbers(path: Path) -> list[str]:
+    """The names of a file's integer tensors, the old files' masks aside."""
+    with safe_open(path, framework="pt") as file:
+        names = [n for n in file.keys() if not n.endswith((".attn.bias", ".attn.masked_bias"))]  # noqa: SIM118
+        return [name for name in names if "F" not in file.get_slice(name).get_dtype()]
 
 
 def _ours(name: str) -> str:

@@ -1,6 +1,7 @@
 """Swap the import and the line still runs: hf_bridge answers as minigpt does, ways and all."""
 
 import random
+import shutil
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
@@ -9,6 +10,7 @@ from types import ModuleType
 import pytest
 import torch
 from parity import Pair, assert_close, in_pieces
+from test_weights import test_damage_is_named as damages
 
 import hf_bridge
 import hf_bridge.engine
@@ -190,3 +192,43 @@ def test_both_command_lines_print_and_refuse_alike(
         outcomes.append((code, *capsys.readouterr()))
     assert outcomes[0] == outcomes[1]
     assert "".join(outcomes[0][1:]).strip()
+
+
+@pytest.mark.parametrize("damage", [row[0] for row in damages.pytestmark[0].args[1]])
+def test_both_say_the_same_of_damaged_weights(pair: Pair, tmp_path: Path, damage) -> None:
+    folder = shutil.copytree(pair.folder, tmp_path / "model")
+    damage(folder)
+    sentences = []
+    for side in SIDES:
+        with pytest.raises(side.WeightsError) as error:
+            side.GPT.from_pretrained(folder)
+        sentences.append(str(error.value))
+    assert sentences[0] == sentences[1]
+
+
+@pytest.mark.parametrize(
+    "published",
+    [None, "no JSON", "[]", '{"model_type": "bert"}', '{"n_head": 7}', '{"n_layer": 0}'],
+)
+def test_both_say_the_same_of_a_config_that_is_none(
+    pair: Pair, tmp_path: Path, published: str | None
+) -> None:
+    folder = shutil.copytree(pair.folder, tmp_path / "model")
+    (folder / "config.json").unlink()
+    if published is not None:
+        (folder / "config.json").write_text(published)
+    sentences = []
+    for side in SIDES:
+        with pytest.raises(ValueError, match=r"config\.json") as error:
+            side.GPT.from_pretrained(folder)
+        sentences.append(str(error.value))
+    assert sentences[0] == sentences[1]
+
+
+def test_what_the_bridge_saves_minigpt_loads_whole(pair: Pair, tmp_path: Path) -> None:
+    theirs = hf_bridge.GPT.from_pretrained(pair.folder, sliding_window=5, attention_sinks=1)
+    theirs.save_pretrained(tmp_path)
+    assert "window" not in (tmp_path / "config.json").read_text()  # a way to run, not the model
+    ours = minigpt.GPT.from_pretrained(tmp_path, dtype=torch.float64)
+    with torch.no_grad():
+        assert_close(ours(pair.ids()), pair.ours(pair.ids()))
