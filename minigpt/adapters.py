@@ -9,7 +9,6 @@ identity. Unlike LoRA it cannot be merged into a weight.
 Before: lora.py.  After: data.py.  Twin: hf_bridge/adapters.py.  Proof: tests/test_adapters.py.
 """
 
-import os
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -18,12 +17,12 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from minigpt import lora
 from minigpt.config import GPTConfig
-from minigpt.files import WeightsError, read_json, write_json
+from minigpt.files import WeightsError, read_json, save_tensors, write_json
 from minigpt.model import GPT
 from minigpt.peft_files import check
 
@@ -109,17 +108,11 @@ def save(model: GPT, folder: str | Path) -> None:
     config = next((m.config for m in model.modules() if isinstance(m, Adapter)), None)
     if config is None:
         raise ValueError("the model has no bottleneck adapters: adapt it or load some first")
-    tensors = {name: p.detach().contiguous() for name, p in _own(model, config).items()}
+    tensors = {name: p.detach() for name, p in _own(model, config).items()}
     check(tensors, {name: tuple(tensor.shape) for name, tensor in tensors.items()})
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    temporary = folder / f".{WEIGHTS}.part"
-    try:
-        save_file(tensors, temporary, metadata={"format": "pt"})
-        os.replace(temporary, folder / WEIGHTS)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
+    save_tensors(tensors, folder / WEIGHTS)
     write_json(folder / CONFIG, asdict(config))
 
 

@@ -106,7 +106,9 @@ def write_atomically(path: Path, content: bytes) -> None:
         raise
 
 
-def save_tensors(tensors: Mapping[str, "Tensor"], path: Path) -> None:
+def save_tensors(
+    tensors: Mapping[str, "Tensor"], path: Path, *, metadata: Mapping[str, str] | None = None
+) -> None:
     """Write a safetensors file, whole or not at all. Raises OSError if the disk is full."""
     from safetensors import SafetensorError
     from safetensors.torch import save_file
@@ -116,10 +118,11 @@ def save_tensors(tensors: Mapping[str, "Tensor"], path: Path) -> None:
         save_file(
             {name: tensor.contiguous() for name, tensor in tensors.items()},
             temporary,
-            metadata={"format": "pt"},
+            metadata={"format": "pt", **(metadata or {})},
         )
         with open(temporary, "rb") as file:
             os.fsync(file.fileno())
+        os.chmod(temporary, 0o644)  # the library makes it private
         os.replace(temporary, path)
     except SafetensorError as error:
         raise OSError(f"cannot write {path}: {error}") from error

@@ -9,17 +9,15 @@ that is an error.
 Twin: hf_bridge/peft_files.py.  Proof: tests/test_lora.py.
 """
 
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
-from minigpt.files import WeightsError, read_json, write_json
+from minigpt.files import WeightsError, read_json, save_tensors, write_json
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 PREFIX, SUFFIX = "base_model.model.transformer.", ".weight"
@@ -51,17 +49,10 @@ def write(
     """Write both files, each whole or not at all. Raises ValueError for weights that are NaN."""
     check(tensors, {name: tuple(tensor.shape) for name, tensor in tensors.items()})
     folder.mkdir(parents=True, exist_ok=True)
-    temporary = folder / f".{WEIGHTS}.part"
-    metadata = {"format": "pt"}
-    if settings["qkv"] != "qkv":  # here, since peft warns about fields that it does not know
-        metadata["qkv"] = settings["qkv"]
-    try:
-        named = {PREFIX + name + SUFFIX: t.contiguous() for name, t in tensors.items()}
-        save_file(named, temporary, metadata=metadata)
-        os.replace(temporary, folder / WEIGHTS)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
+    named = {PREFIX + name + SUFFIX: tensor for name, tensor in tensors.items()}
+    # The choice of q, k and v stands here, since peft warns about fields that it does not know.
+    choice = {} if settings["qkv"] == "qkv" else {"qkv": settings["qkv"]}
+    save_tensors(named, folder / WEIGHTS, metadata=choice)
     published = {theirs: settings[ours] for ours, theirs in NAMES.items()}
     fixed = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "bias": "none"}
     more = {"fan_in_fan_out": True, "inference_mode": True, "base_model_name_or_path": base_model}

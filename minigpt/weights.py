@@ -95,7 +95,16 @@ def save(model: GPT, folder: str | Path) -> None:
     """Write config.json and model.safetensors in Hugging Face's layout, a tied head once.
 
     Each file is written beside its place and renamed, so a full disk leaves the old ones whole.
+    Raises ValueError for a model with wrapped layers: the file would load nowhere.
     """
+    with torch.device("meta"):
+        plain = GPT(model.config).state_dict()
+    foreign = [name for name in model.state_dict() if name not in plain]
+    if foreign:
+        raise ValueError(
+            f"only a plain GPT can be saved, this one holds {foreign[0]}: merge or take off what "
+            "wraps its layers, or save that by its own step"
+        )
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     tensors = {

@@ -186,6 +186,17 @@ def test_a_merged_model_is_plain_and_computes_the_same(base: Base, tmp_path: Pat
     assert torch.equal(GPT.from_pretrained(tmp_path)(ids), model(ids))
 
 
+def test_a_model_with_lora_is_not_saved_as_a_plain_one(base: Base, tmp_path: Path) -> None:
+    for side, step in ((GPT, lora), (hf_bridge.GPT, bridge)):
+        model = side.from_pretrained(base.folder)
+        step.adapt(model)
+        with pytest.raises(
+            ValueError, match="only a plain GPT can be saved, this one holds "
+        ):
+            model.save_pretrained(tmp_path / "folder")
+        assert not (tmp_path / "folder").exists()
+
+
 def test_unmerge_gives_back_base_and_adapter_bit_for_bit(base: Base) -> None:
     model = adapted_pair(base, torch.float32).ours
     before = {name: p.clone() for name, p in model.state_dict().items()}
