@@ -9,7 +9,7 @@ Before: train.py.  After: trace.py.  Twin: minigpt/metrics.py.  Proof: tests/tes
 
 import math
 import re
-from collections.abc import Hashable, Iterable, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -53,6 +53,14 @@ def perplexity(
     The guide averages the windows' means, which weighs their tokens unequally; with a stride as
     long as the window it never predicts a window's first token.
     """
+    windowed = windows(model, ids, max_length=max_length, stride=stride)
+    return evaluate(model, windowed)["perplexity"]
+
+
+def windows(
+    model: GPT, ids: Tensor, *, max_length: int | None = None, stride: int | None = None
+) -> Iterator[dict[str, Tensor]]:
+    """The batches of `perplexity`: (1, N) -> windows, labelled where no earlier one has counted."""
     P = model.config.n_positions
     max_length = P if max_length is None else max_length
     stride = max(1, max_length // 2) if stride is None else stride
@@ -64,16 +72,15 @@ def perplexity(
         raise ValueError(
             f"ids must be one row of at least 2 tokens, (1, N), got {tuple(ids.shape)}"
         )
-    windows, previous = [], 0
+    previous = 0
     for begin in range(0, ids.shape[1], stride):
         end = min(begin + max_length, ids.shape[1])
         labels = ids[:, begin:end].clone()
         labels[:, : labels.shape[1] - (end - previous)] = -100
-        windows.append({"input_ids": ids[:, begin:end], "labels": labels})
+        yield {"input_ids": ids[:, begin:end], "labels": labels}
         previous = end
         if end == ids.shape[1]:
-            break
-    return evaluate(model, windows)["perplexity"]
+            return
 
 
 def distinct(rows: Iterable[Sequence[Hashable]], n: int) -> float:

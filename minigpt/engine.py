@@ -3,7 +3,7 @@
 A turn's prompt is the last turn's prompt, its reply, and something new. The engine finds how much
 of it the cache already holds and computes only the rest.
 
-Before: metrics.py.  After: nothing.  Twin: hf_bridge/engine.py.  Proof: tests/test_engine.py.
+Before: trace.py.  After: nothing.  Twin: hf_bridge/engine.py.  Proof: tests/test_engine.py.
 """
 
 from collections.abc import Iterator, Mapping, Sequence

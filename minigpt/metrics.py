@@ -11,7 +11,7 @@ Before: train.py.  After: trace.py.  Twin: hf_bridge/metrics.py.  Proof: tests/t
 
 import math
 import re
-from collections.abc import Hashable, Iterable, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -57,18 +57,34 @@ def perplexity(
     it), and each token is counted once, in the first window that holds it. So a token has at
     least max_length - stride tokens before it; a long stride is fast, and too pessimistic.
     """
-    P = model.config.n_positions
+    windowed = windows(model, ids, max_length=max_length, stride=stride)
+    return evaluate(model, windowed)["perplexity"]
+
+
+def windows(
+    model: GPT, ids: Tensor, *, max_length: int | None = None, stride: int | None = None
+) -> Iterator[dict[str, Tensor]]:
+    """The batches of `perplexity`: (1, N) -> windows, labelled where no earlier one has counted."""
+    P, N = model.config.n_positions, ids.shape[1]
     max_length = P if max_length is None else max_length
     stride = max(1, max_length // 2) if stride is None else stride
     if not 2 <= max_length <= P:
         raise ValueError(f"max_length must be in [2, {P}], up to the context, got {max_length}")
     if not 1 <= stride < max_length:
         raise ValueError(f"stride must be in [1, max_length), got {stride} of {max_length}")
-    if ids.shape[0] != 1 or ids.shape[1] < 2:
+    if ids.shape[0] != 1 or N < 2:
         raise ValueError(
             f"ids must be one row of at least 2 tokens, (1, N), got {tuple(ids.shape)}"
         )
-    return evaluate(model, _windows(ids, max_length, stride))["perplexity"]
+    done = 0  # tokens that an earlier window has counted
+    for start in range(0, N, stride):
+        window = ids[:, start : start + max_length]
+        labels = window.clone()
+        labels[:, : done - start] = IGNORED
+        yield {"input_ids": window, "labels": labels}
+        done = start + window.shape[1]
+        if done == N:
+            return
 
 
 def distinct(rows: Iterable[Sequence[Hashable]], n: int) -> float:
@@ -160,18 +176,6 @@ def rouge_l(prediction: str, reference: str) -> Scores:
     """
     words, true = (WORDS.findall(text.lower()) for text in (prediction, reference))
     return _scores(_common(words, true), len(words), len(true))
-
-
-def _windows(ids: Tensor, max_length: int, stride: int) -> Iterable[dict[str, Tensor]]:
-    N, done = ids.shape[1], 0  # tokens that an earlier window has counted
-    for start in range(0, N, stride):
-        window = ids[:, start : start + max_length]
-        labels = window.clone()
-        labels[:, : done - start] = IGNORED
-        yield {"input_ids": window, "labels": labels}
-        done = start + window.shape[1]
-        if done == N:
-            return
 
 
 def _common(a: Sequence[str], b: Sequence[str]) -> int:
