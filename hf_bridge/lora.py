@@ -24,6 +24,7 @@ from peft import (
     set_peft_model_state_dict,
 )
 from peft.tuners.lora import LoraLayer
+from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from hf_bridge import peft_files
@@ -53,12 +54,10 @@ def adapt(
         raise ValueError(f"targets must be several names, got the one string {targets!r}")
     if type(rank) is not int or rank < 1:
         raise ValueError(f"rank must be a whole number of at least 1, got {rank!r}")
-    if not (math.isfinite(alpha) and alpha > 0):
-        raise ValueError(f"alpha must be a number above 0, got {alpha}")
+    if not 0 < alpha < math.inf:
+        raise ValueError(f"alpha must be a number above 0, got {alpha!r}")
     if not 0 <= dropout < 1:
-        raise ValueError(f"dropout must be in [0, 1), got {dropout}")
-    if not qkv or not set(qkv) <= set(THIRDS):
-        raise ValueError(f"qkv must be some of the letters q, k and v, got {qkv!r}")
+        raise ValueError(f"dropout must be a number in [0, 1), got {dropout!r}")
     config = LoraConfig(
         r=rank,
         lora_alpha=alpha,
@@ -157,9 +156,11 @@ def _attach(model: GPT, config: LoraConfig, name: str, generator: torch.Generato
     """Check, then let peft wrap the layers; the new adapter is active, and alone it trains."""
     targeted = _targeted(model, config.target_modules)
     taken = isinstance(model.hf, PeftModel) and name in model.hf.peft_config
-    if taken or not name or "." in name or name in "lora_":
+    if taken or "." in name or name in "lora_" or hasattr(nn.ModuleDict(), name):
         raise ValueError(f"name must be a new word without dots, got {name!r}")
     qkv = config.qkv
+    if not qkv or not set(qkv) <= set(THIRDS):
+        raise ValueError(f"qkv must be some of the letters q, k and v, got {qkv!r}")
     if qkv != THIRDS and not any(path.endswith("c_attn") for path in targeted):
         raise ValueError(f"qkv chooses within c_attn, which is no target, got qkv={qkv!r}")
     config.inference_mode, config.base_model_name_or_path = False, None

@@ -41,7 +41,8 @@ def read(folder: Path, base_model: str | None = None) -> tuple[LoraConfig, dict[
     path = folder / CONFIG
     if not path.is_file():
         raise WeightsError(f"{path} is missing: an adapter's directory holds it and {WEIGHTS}")
-    kind = read_json(path).get("peft_type")
+    published = read_json(path)
+    kind = published.get("peft_type") if isinstance(published, dict) else None
     if kind != "LORA":
         raise WeightsError(f"{path}: peft_type must be LORA, got {kind!r}")
     settings = PeftConfig.from_pretrained(folder)

@@ -129,7 +129,7 @@ def _attach(
     """Check everything, then freeze the model and add the corrections that config describes."""
     targeted = _targeted(model, config.targets)
     taken = any(layer.get(name) for layer in _layers(model).values())
-    if taken or not name or "." in name or hasattr(nn.ModuleDict, name):
+    if taken or not name or "." in name or hasattr(nn.ModuleDict(), name):
         raise ValueError(f"name must be a new word without dots, got {name!r}")
     if config.qkv != THIRDS and not any(path.endswith("c_attn") for path in targeted):
         raise ValueError(f"qkv chooses within c_attn, which is no target, got qkv={config.qkv!r}")

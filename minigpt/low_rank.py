@@ -42,10 +42,10 @@ class LoRAConfig:
     def __post_init__(self) -> None:
         if type(self.rank) is not int or self.rank < 1:
             raise ValueError(f"rank must be a whole number of at least 1, got {self.rank!r}")
-        if not (math.isfinite(self.alpha) and self.alpha > 0):
-            raise ValueError(f"alpha must be a number above 0, got {self.alpha}")
-        if not 0 <= self.dropout < 1:
-            raise ValueError(f"dropout must be in [0, 1), got {self.dropout}")
+        if not (isinstance(self.alpha, int | float) and 0 < self.alpha < math.inf):
+            raise ValueError(f"alpha must be a number above 0, got {self.alpha!r}")
+        if not (isinstance(self.dropout, int | float) and 0 <= self.dropout < 1):
+            raise ValueError(f"dropout must be a number in [0, 1), got {self.dropout!r}")
         if not self.qkv or not set(self.qkv) <= set(THIRDS):
             raise ValueError(f"qkv must be some of the letters q, k and v, got {self.qkv!r}")
 

@@ -190,9 +190,7 @@ def test_a_model_with_lora_is_not_saved_as_a_plain_one(base: Base, tmp_path: Pat
     for side, step in ((GPT, lora), (hf_bridge.GPT, bridge)):
         model = side.from_pretrained(base.folder)
         step.adapt(model)
-        with pytest.raises(
-            ValueError, match="only a plain GPT can be saved, this one holds "
-        ):
+        with pytest.raises(ValueError, match="only a plain GPT can be saved, this one holds "):
             model.save_pretrained(tmp_path / "folder")
         assert not (tmp_path / "folder").exists()
 
@@ -308,7 +306,7 @@ KEY = "base_model.model.transformer.h.0.attn.c_attn.lora_A.weight"
         ({"rank": 1.5}, "rank must be a whole number of at least 1, got 1.5"),
         ({"alpha": 0}, "alpha must be a number above 0, got 0"),
         ({"alpha": float("nan")}, "alpha must be a number above 0, got nan"),
-        ({"dropout": 1.0}, "dropout must be in [0, 1), got 1.0"),
+        ({"dropout": 1.0}, "dropout must be a number in [0, 1), got 1.0"),
         ({"targets": ("c_atn", "c_fc", "wte")}, "attn.c_proj and so on, got 'c_atn', 'wte'"),
         ({"targets": ("attn",)}, "targets must be names of linear layers: c_attn, c_proj, c_fc"),
         ({"targets": ("lm_head",)}, "got 'lm_head'"),
@@ -318,6 +316,7 @@ KEY = "base_model.model.transformer.h.0.attn.c_attn.lora_A.weight"
         ({"qkv": ""}, "qkv must be some of the letters q, k and v, got ''"),
         ({"qkv": "q", "targets": ("c_fc",)}, "within c_attn, which is no target, got qkv='q'"),
         ({"name": "a.b"}, "name must be a new word without dots, got 'a.b'"),
+        ({"name": "training"}, "name must be a new word without dots, got 'training'"),
         ({"name": ""}, "name must be a new word without dots, got ''"),
     ],
     ids=str,
@@ -455,6 +454,9 @@ def test_keys_that_peft_would_skip_are_an_error(base: Base, saved: Path) -> None
         ({"target_modules": "all-linear"}, "target_modules must be a list of names, got 'all-"),
         ({"r": 0}, "rank must be a whole number of at least 1, got 0"),
         ({"lora_alpha": -1}, "alpha must be a number above 0, got -1"),
+        ({"lora_alpha": "16"}, "alpha must be a number above 0, got '16'"),
+        ({"lora_dropout": None}, "dropout must be a number in [0, 1), got None"),
+        ({"target_modules": [1]}, "attn.c_proj and so on, got 1"),
     ],
     ids=str,
 )
