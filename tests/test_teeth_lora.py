@@ -163,9 +163,7 @@ def a_is_frozen(patch: Patch) -> None:
 
 
 def kaiming_with_the_gain_of_relu(patch: Patch) -> None:
-    patch.setattr(
-        low_rank, "math", type("", (), {"sqrt": lambda x: 0.0, "isfinite": math.isfinite})
-    )
+    patch.setattr(low_rank, "math", SimpleNamespace(sqrt=lambda x: 0.0, inf=math.inf))
 
 
 def a_drawn_once(patch: Patch) -> None:
