@@ -4,6 +4,8 @@ import argparse
 import sys
 from collections.abc import Sequence
 
+from hf_bridge.commands import add_training
+
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command: 0 if it worked, 2 for what the user gave, 1 for a failure of the system."""
@@ -16,7 +18,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         options.run(options)
     except KeyboardInterrupt:
         return 130
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, ArithmeticError) as error:
         if options.debug:
             raise
         print(f"{options.command}: {error}", file=sys.stderr)
@@ -56,6 +58,7 @@ def parser() -> argparse.ArgumentParser:
     for command in (generate, tokenize, trace):
         command.add_argument("--model", required=True, help="a directory, or a hub id such as gpt2")
         command.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    add_training(commands)
     return root
 
 

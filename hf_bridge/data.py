@@ -11,6 +11,7 @@ Before: adapters.py.  After: train.py.  Twin: minigpt/data.py.  Proof: tests/tes
 
 import json
 import os
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
@@ -51,21 +52,23 @@ def clean(text: str, *, ascii_only: bool = False) -> str:
 
 def read_documents(path: str | Path, *, ascii_only: bool = False) -> Iterator[Iterator[str]]:
     """Clean documents, each in one piece: a file must fit in memory here, a corpus need not."""
-    path = Path(path)
-    if not path.exists():
-        raise ValueError(f"no file or directory {str(path)!r}: check the path")
-    files = [path]
-    if path.is_dir():
-        files = sorted(f for f in path.rglob("*") if f.suffix in SUFFIXES and f.is_file())
-        if not files:
-            raise ValueError(f"{path} holds no text: no file ends in {', '.join(SUFFIXES)}")
-    for file in files:
-        text = _read(file)
-        texts = [text]
+    for file in _files(path):
+        for text in [_read(file)] if file.suffix != ".jsonl" else [r["text"] for r in _rows(file)]:
+            yield iter([clean(text, ascii_only=ascii_only)])
+
+
+def read_pairs(path: str | Path) -> Iterator[tuple[str, str]]:
+    """Examples for fine-tuning, as (prompt, completion); the prompt of a plain text is empty."""
+    for file in _files(path):
         if file.suffix == ".jsonl":
-            texts = [json.loads(line)["text"] for line in text.splitlines()]
-        for document in texts:
-            yield iter([clean(document, ascii_only=ascii_only)])
+            for row in _rows(file):
+                if "completion" in row:
+                    yield clean(row["prompt"]), clean(row["completion"])
+                else:
+                    yield "", clean(row["text"])
+        else:
+            parts = re.split(r"\n\s*\n", clean(_read(file)))
+            yield from (("", part.strip()) for part in parts if part.strip())
 
 
 def tokenize(documents: Iterable[Iterable[str]], tokenizer: Tokenizer) -> Iterator[list[int]]:
@@ -256,6 +259,23 @@ class Batches:
         return self.collate(chosen, seeded(self.seed, "batch", i))
 
 
+def split(rows: Sequence[Example], share: float) -> tuple[list[Example], list[Example]]:
+    """Rows to learn, and at least one, a share of them, to evaluate, at regular distances.
+
+    torch's random_split would draw them; these are the same in every run.
+    """
+    if not 0 < share < 1:
+        raise ValueError(f"the share to evaluate must be in (0, 1), got {share}")
+    if len(rows) < 2:
+        raise ValueError(
+            f"at least 2 rows are needed, one of them to evaluate, got {len(rows)}: "
+            "give more data or shorter chunks"
+        )
+    count = min(max(1, round(len(rows) * share)), len(rows) - 1)
+    held = [int((i + 0.5) * len(rows) / count) for i in range(count)]
+    return [rows[i] for i in range(len(rows)) if i not in {*held}], [rows[i] for i in held]
+
+
 def seeded(seed: int, purpose: str, number: int) -> torch.Generator:
     """A generator for one purpose of one run, the same as minigpt's."""
     from random import Random
@@ -268,6 +288,32 @@ def _numbers(vocab_size: int, pad: int, mask: int | None = None) -> PreTrainedTo
     backend = Backend(models.WordLevel({str(i): i for i in range(vocab_size)}, unk_token=str(pad)))
     names = {"pad_token": str(pad)} | ({} if mask is None else {"mask_token": str(mask)})
     return PreTrainedTokenizerFast(tokenizer_object=backend, **names)
+
+
+def _files(path: str | Path) -> list[Path]:
+    path = Path(path)
+    if path.is_file():
+        return [path]
+    if not path.exists():
+        raise ValueError(f"no file or directory {str(path)!r}: check the path")
+    files = sorted(f for f in path.rglob("*") if f.suffix in SUFFIXES and f.is_file())
+    if not files:
+        raise ValueError(f"{path} holds no text: no file ends in {', '.join(SUFFIXES)}")
+    return files
+
+
+def _rows(file: Path) -> Iterator[dict[str, str]]:
+    """The lines of a .jsonl, each with a text, or a prompt and its completion."""
+    for number, line in enumerate(_read(file).split("\n"), 1):
+        if not line:
+            continue
+        try:
+            row = json.loads(line)
+        except ValueError:
+            row = None
+        if not isinstance(row, dict) or not ("text" in row or {"prompt", "completion"} <= {*row}):
+            raise ValueError(f'{file}:{number} must be {{"text": …}}, got {line[:40]!r}')
+        yield row
 
 
 def _read(file: Path) -> str:

@@ -17,13 +17,15 @@ import os
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+from peft import PeftModel
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 from transformers import (
@@ -35,12 +37,14 @@ from transformers import (
 )
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from transformers.trainer_utils import get_last_checkpoint
+from transformers.utils import logging
 
 from hf_bridge.data import IGNORED
 from hf_bridge.model import GPT
 
 Batch = Mapping[str, Tensor]
 Record = dict[str, Any]
+BEST = "best"
 
 
 @dataclass(frozen=True)
@@ -148,10 +152,10 @@ def train(
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(output_dir or temporary)
         folder.mkdir(parents=True, exist_ok=True)
-        checkpoint = _checkpoint(folder, resume_from_checkpoint)
+        checkpoint = check_folder(folder, resume_from_checkpoint)
         _check_settings(folder, model, config, checkpoint)
         trainer = _Trainer(model, batches, config, folder, evaluate, save, checkpoint, progress)
-        with torch.random.fork_rng():
+        with torch.random.fork_rng(), _no_bars():
             trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
         if output_dir is not None and trainer.is_world_process_zero():
             draw_curves(trainer.records, folder / "curves.png")
@@ -176,7 +180,8 @@ class _Trainer(Trainer):
         use_cpu = model.device.type == "cpu"
         args = config.arguments(folder, use_cpu=use_cpu, evaluates=evaluate is not None)
         patience = config.early_stopping_patience
-        model.hf.loss_type = "ForCausalLM"  # so that a row's first label is not counted
+        plain = model.hf.get_base_model() if isinstance(model.hf, PeftModel) else model.hf
+        plain.loss_type = "ForCausalLM"  # so that a row's first label is not counted
         super().__init__(
             model.hf,
             args,
@@ -276,7 +281,7 @@ class _Trainer(Trainer):
         if self.best is None or sign * metrics[name] > sign * self.best:
             self.best = metrics[name]
             if self.is_world_process_zero():
-                self.saver(self.gpt, self.folder / "best")
+                self.saver(self.gpt, self.folder / BEST)
         self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
 
@@ -293,6 +298,7 @@ class _Steps(TrainerCallback):
     def __init__(self, progress: bool):
         from tqdm import tqdm
 
+        self.progress = progress
         self.bar = tqdm(unit="step", disable=None if progress else True)
 
     def on_train_begin(self, args, state, control, **_others) -> None:
@@ -313,7 +319,7 @@ class _Steps(TrainerCallback):
 
     def on_evaluate(self, args, state, control, metrics=None, **_others) -> None:
         told = "  ".join(f"{k.removeprefix('eval_')} {v:,.4g}" for k, v in metrics.items())
-        if not self.bar.disable:
+        if self.progress:
             self.bar.write(f"step {state.global_step}  {told}", file=sys.stderr)
 
     def on_train_end(self, args, state, control, **_others) -> None:
@@ -356,6 +362,18 @@ def draw_curves(records: list[Record], path: Path) -> None:
     figure.savefig(path, dpi=120)
 
 
+@contextmanager
+def _no_bars() -> Iterator[None]:
+    """Without a progress bar for each file that is written."""
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
+
+
 def _causal_loss(outputs: Mapping[str, Tensor], labels: Tensor) -> Tensor:
     """The sum over the tokens, in the logits' own precision, at least float32."""
     logits = outputs["logits"][:, :-1].flatten(0, 1)
@@ -368,8 +386,9 @@ def _mean_loss(outputs, labels, num_items_in_batch=None) -> Tensor:
     return _causal_loss(outputs, labels) / num_items_in_batch
 
 
-def _checkpoint(folder: Path, resume: bool) -> Path | None:
-    found = get_last_checkpoint(str(folder))
+def check_folder(folder: Path, resume: bool) -> Path | None:
+    """The checkpoint to go on from, or None for a new run; ValueError if it is not as meant."""
+    found = get_last_checkpoint(str(folder)) if folder.is_dir() else None
     if resume and found is None:
         raise ValueError(f"{folder} has no checkpoint to resume from")
     if found is not None and not resume:

@@ -4,6 +4,8 @@ import argparse
 import sys
 from collections.abc import Sequence
 
+from minigpt.commands import add_training
+
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command: 0 if it worked, 2 for what the user gave, 1 for a failure of the system."""
@@ -17,7 +19,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         options.run(options)
     except KeyboardInterrupt:
         return 130
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, ArithmeticError) as error:
         if options.debug:
             raise
         print(f"{options.command}: {error}", file=sys.stderr)
@@ -59,6 +61,8 @@ def parser() -> argparse.ArgumentParser:
     command.add_argument("--sliding-window", type=int, metavar="W", help="attend to W tokens only")
     command.add_argument("--attention-sinks", type=int, default=0, metavar="N")
     command.set_defaults(run=_trace)
+
+    add_training(commands)
     return root
 
 

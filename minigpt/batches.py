@@ -154,6 +154,44 @@ class Batches:
         return self._orders[epoch]
 
 
+class Some(Sequence):
+    """The rows of a sequence that stand at these places, read when they are asked for."""
+
+    def __init__(self, rows: Sequence[Example], places: Sequence[int]):
+        self.rows = rows
+        self.places = places
+
+    def __len__(self) -> int:
+        return len(self.places)
+
+    def __getitem__(self, i):
+        if isinstance(i, slice):
+            return [self.rows[place] for place in self.places[i]]
+        return self.rows[self.places[i]]
+
+
+def split(rows: Sequence[Example], share: float) -> tuple[Some, Some]:
+    """Rows to learn, and at least one, a share of them, to evaluate, at regular distances.
+
+    A corpus is seldom the same at its end as elsewhere.
+
+    >>> learned, held = split([{"input_ids": [i]} for i in range(6)], 1 / 3)
+    >>> held[:]
+    [{'input_ids': [1]}, {'input_ids': [4]}]
+    """
+    if not 0 < share < 1:
+        raise ValueError(f"the share to evaluate must be in (0, 1), got {share}")
+    if len(rows) < 2:
+        raise ValueError(
+            f"at least 2 rows are needed, one of them to evaluate, got {len(rows)}: "
+            "give more data or shorter chunks"
+        )
+    count = min(max(1, round(len(rows) * share)), len(rows) - 1)
+    held = [int((i + 0.5) * len(rows) / count) for i in range(count)]
+    held_set = set(held)
+    return Some(rows, [i for i in range(len(rows)) if i not in held_set]), Some(rows, held)
+
+
 def seeded(seed: int, purpose: str, number: int) -> torch.Generator:
     """A generator for one purpose of one run, so that no two draw the same numbers."""
     from random import Random

@@ -62,9 +62,29 @@ def read_documents(path: str | Path, *, ascii_only: bool = False) -> Iterator[It
     for file in find_files(path):
         if file.suffix == ".jsonl":
             for number, line in enumerate(_lines(file), 1):
-                yield iter([clean(_field(line, f"{file}:{number}"), ascii_only=ascii_only)])
+                text = _field(line, f"{file}:{number}")
+                yield iter([clean(text, ascii_only=ascii_only)])
         else:
             yield (clean(piece, ascii_only=ascii_only) for piece in _pieces(file))
+
+
+def read_pairs(path: str | Path) -> Iterator[tuple[str, str]]:
+    """Examples for fine-tuning, as (prompt, completion); the prompt of a plain text is empty.
+
+    A line of a .jsonl holds {"prompt": ..., "completion": ...} or {"text": ...}; in other files
+    an example is a paragraph. Raises ValueError, with file and line, for a line that holds neither.
+    """
+    for file in find_files(path):
+        if file.suffix == ".jsonl":
+            for number, line in enumerate(_lines(file), 1):
+                place = f"{file}:{number}"
+                if b'"completion"' in line:
+                    yield _field(line, place, "prompt"), _field(line, place, "completion")
+                else:
+                    yield "", _field(line, place)
+        else:
+            whole = clean("".join(_pieces(file)))
+            yield from (("", text.strip()) for text in re.split(r"\n\s*\n", whole) if text.strip())
 
 
 def _pieces(file: Path) -> Iterator[str]:
@@ -99,8 +119,8 @@ def _lines(file: Path) -> Iterator[bytes]:
         yield from stream
 
 
-def _field(line: bytes, place: str) -> str:
+def _field(line: bytes, place: str, name: str = "text") -> str:
     try:
-        return json.loads(line)["text"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f'{place} must be {{"text": …}}, got {line[:40]!r}') from error
+        return clean(json.loads(line)[name])
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f'{place} must be {{"{name}": …}}, got {line[:40]!r}') from error

@@ -97,6 +97,16 @@ def find_checkpoint(folder: Path | None) -> Path | None:
     return next(reversed(_checkpoints(folder)), None) if folder is not None else None
 
 
+def check_folder(folder: Path | None, resume: bool) -> Path | None:
+    """The checkpoint to go on from, or None for a new run; ValueError if it is not as meant."""
+    checkpoint = find_checkpoint(folder)
+    if resume and checkpoint is None:
+        raise ValueError(f"{folder} has no checkpoint to resume from")
+    if checkpoint is not None and not resume:
+        raise ValueError(f"{checkpoint} is there already: resume it, or give another directory")
+    return checkpoint
+
+
 @torch.no_grad()
 def load_checkpoint(
     path: Path,

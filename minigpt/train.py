@@ -114,13 +114,9 @@ def _start(
     """Where the run stands: at its beginning, or at its newest checkpoint."""
     if folder is not None:
         folder.mkdir(parents=True, exist_ok=True)
-    checkpoint = runs.find_checkpoint(folder)
-    if resume and checkpoint is None:
-        raise ValueError(f"{folder} has no checkpoint to resume from")
+    checkpoint = runs.check_folder(folder, resume)
     if checkpoint is None:
         return {"step": 0, "best": None, "waited": 0}
-    if not resume:
-        raise ValueError(f"{checkpoint} is there already: resume it, or give another directory")
     return runs.load_checkpoint(checkpoint, model, optimizer, settings)
 
 

@@ -1,0 +1,273 @@
+"""Beside steps 13 to 15: from files to a model that can be talked to, and to its scores.
+
+A run's directory ends as a model directory: config, weights and tokenizer of the best model, with
+the run's log, curves and last checkpoint beside them.
+
+Twin: hf_bridge/training.py.  Proof: tests/test_training.py.
+"""
+
+import argparse
+import os
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from functools import partial
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from minigpt import adapters, lora, metrics
+from minigpt.batches import Batches, Causal, Example, seeded, split
+from minigpt.config import GPTConfig
+from minigpt.corpus import read_documents, read_pairs
+from minigpt.data import Chunks, check_chunks, coverage, write_chunks
+from minigpt.engine import Engine
+from minigpt.generate import generate
+from minigpt.model import GPT
+from minigpt.optimize import Record, TrainConfig
+from minigpt.runs import BEST, check_folder
+from minigpt.tokenizer import Tokenizer
+from minigpt.tokenizer import train as train_tokenizer
+from minigpt.train import train
+
+CHUNKS = "chunks.jsonl"
+END = "<|endoftext|>"
+CONFIGS = {
+    "tiny": GPTConfig(n_layer=4, n_embd=256, n_head=4, n_positions=512),
+    "small": GPTConfig(n_layer=6, n_embd=384, n_head=6, n_positions=512),
+    "gpt2": GPTConfig(),
+}
+
+
+def train_model(options: argparse.Namespace) -> None:
+    """A text file becomes a model that can be talked to."""
+    folder = Path(options.output)
+    config = CONFIGS[options.config]
+    check_chunks(options.chunk_size, options.overlap, config.n_positions)
+    resumed = check_folder(folder, options.resume_from_checkpoint)
+    with _processes() as first:
+        if first and resumed is None:
+            _prepare(options, config)
+        _wait()
+        tokenizer = Tokenizer.from_pretrained(folder)
+        config = replace(
+            config,
+            vocab_size=len(tokenizer),
+            embd_pdrop=options.dropout,
+            resid_pdrop=options.dropout,
+            attn_pdrop=0.0,  # on a CPU the fused attention knows no dropout
+            bos_token_id=tokenizer.eos_token_id,
+            eos_token_id=tokenizer.eos_token_id,
+        )
+        model = GPT(config, generator=seeded(options.seed, "weights", 0)).to(_device())
+        collate = Causal(tokenizer.eos_token_id or 0)
+        best = _run(
+            options, model, Chunks(folder / CHUNKS), collate, tokenizer, GPT.save_pretrained
+        )
+        if first:
+            GPT.from_pretrained(folder / BEST).save_pretrained(folder)
+            _say(f"wrote {folder}, perplexity {best:,.4g}; python -m chatbot --model {folder}")
+
+
+def finetune_model(options: argparse.Namespace) -> None:
+    """A trained model learns examples: all of it, or LoRA's or an adapter's few parameters."""
+    folder = Path(options.output)
+    check_folder(folder, options.resume_from_checkpoint)
+    with _processes() as first:
+        engine = Engine.from_pretrained(options.model, dtype=torch.float32, device=_device())
+        model, tokenizer = engine.model, engine.tokenizer
+        rows = [_example(engine, *pair) for pair in read_pairs(options.data)]
+        save = _method(options, model)
+        trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+        total = sum(p.numel() for p in model.parameters())
+        if first:
+            _say(f"training {trained:,} of {total:,} parameters ({trained / total:.2%})")
+        length = min(options.max_length, model.config.n_positions)
+        collate = Causal(tokenizer.eos_token_id or 0, length)
+        best = _run(options, model, rows, collate, tokenizer, save)
+        if not first:
+            return
+        if options.method == "full":
+            GPT.from_pretrained(folder / BEST).save_pretrained(folder)
+        elif options.method == "lora":
+            plain = GPT.from_pretrained(options.model, dtype=torch.float32)
+            lora.load(plain, folder / BEST)
+            lora.merge(plain)
+            plain.save_pretrained(folder)
+        if options.method == "adapters":
+            _say(f"wrote {folder / BEST}, perplexity {best:,.4g}: adapters to load onto the model")
+        else:
+            tokenizer.save_pretrained(folder)
+            _say(f"wrote {folder}, perplexity {best:,.4g}; python -m chatbot --model {folder}")
+
+
+def evaluate_model(options: argparse.Namespace) -> None:
+    """Perplexity by a moving window over each document, and how varied its own texts are."""
+    model = GPT.from_pretrained(options.model, dtype=torch.float32, device=_device())
+    tokenizer = Tokenizer.from_pretrained(options.model)
+    texts = ("".join(pieces) for pieces in read_documents(options.data))
+    rows = (ids for text in texts if len(ids := tokenizer.encode(text)) > 1)
+    how = {"max_length": options.max_length, "stride": options.stride}
+    windows = (metrics.windows(model, torch.tensor([ids]), **how) for ids in rows)
+    measured = metrics.evaluate(model, _bar(chain.from_iterable(windows)))
+    for name, value in {**measured, **_variety(model, tokenizer, options.seed)}.items():
+        print(f"{name:<12}{value:>12,.4f}" if name != "tokens" else f"{name:<12}{value:>12,}")
+
+
+def _prepare(options: argparse.Namespace, config: GPTConfig) -> None:
+    """Tokenizer and chunks, once, into the run's directory; and what other chunk sizes would do."""
+    folder = Path(options.output)
+    folder.mkdir(parents=True, exist_ok=True)
+    if options.tokenizer is None:
+        documents = read_documents(options.data, ascii_only=options.ascii_only)
+        pieces = _bar(chain.from_iterable(documents), "tokenizer")
+        tokenizer = train_tokenizer(pieces, vocab_size=options.vocab_size, special_tokens=[END])
+    else:
+        tokenizer = Tokenizer.from_pretrained(options.tokenizer)
+    lengths = write_chunks(
+        options.data,
+        tokenizer,
+        folder / CHUNKS,
+        chunk_size=options.chunk_size,
+        overlap=options.overlap,
+        ascii_only=options.ascii_only,
+    )
+    tokenizer.save_pretrained(folder)
+    _say(f"{sum(lengths):,} tokens in {len(lengths):,} documents, vocabulary {len(tokenizer):,}")
+    _say("chunk size  chunks  of its past a token sees  MB a row in training")
+    config = replace(config, vocab_size=len(tokenizer))
+    sizes = {64, 128, 256, 512, options.chunk_size}
+    for size in sorted(size for size in sizes if options.overlap < size <= config.n_positions):
+        row = coverage(lengths, config, size, options.overlap)
+        mark = "  <-" if size == options.chunk_size else ""
+        _say(f"{size:>10}  {row.chunks:>6,}  {row.context:>24.1%}  {row.megabytes:>20.1f}{mark}")
+
+
+def _run(
+    options: argparse.Namespace,
+    model: GPT,
+    rows: Sequence[Example],
+    collate: Causal,
+    tokenizer: Tokenizer,
+    save: Callable[[GPT, Path], None],
+) -> float:
+    """Split the rows, train, and return the best perplexity."""
+    learned, held = split(rows, options.validation_split)
+    batches = Batches(learned, options.batch_size, collate, seed=options.seed)
+    epoch = -(-len(learned) // (options.batch_size * options.gradient_accumulation_steps))
+    steps = options.max_steps or max(1, round(options.num_train_epochs * epoch))
+    config = TrainConfig(
+        max_steps=steps,
+        learning_rate=options.learning_rate,
+        warmup_steps=int(steps * options.warmup_ratio),
+        min_lr_rate=0.1,
+        gradient_accumulation_steps=options.gradient_accumulation_steps,
+        weight_decay=options.weight_decay,
+        max_grad_norm=options.max_grad_norm,
+        bf16=options.bf16,
+        eval_steps=options.eval_steps or min(epoch, steps),
+        save_steps=options.save_steps or options.eval_steps or min(epoch, steps),
+        early_stopping_patience=options.early_stopping_patience,
+        seed=options.seed,
+    )
+    measured = [collate(held[i : i + 16]) for i in range(0, len(held), 16)]
+
+    def evaluate(model: GPT) -> Record:
+        scores = metrics.evaluate(model, measured)
+        return {
+            "loss": scores["loss"],
+            "perplexity": scores["perplexity"],
+            **_variety(model, tokenizer, options.seed),
+        }
+
+    records = train(
+        model,
+        batches,
+        config,
+        output_dir=options.output,
+        evaluate=evaluate,
+        save=save,
+        resume_from_checkpoint=options.resume_from_checkpoint,
+    )
+    return min(r["eval_perplexity"] for r in records if "eval_perplexity" in r)
+
+
+def _example(engine: Engine, prompt: str, completion: str) -> Example:
+    """Ids, and labels where the model is to speak: a prompt is a turn of a chat, not learned."""
+    tokenizer = engine.tokenizer
+    before: list[int] = []
+    if prompt:
+        before = engine.render([{"role": "user", "content": prompt}])
+        completion = completion if tokenizer.chat_template else f" {completion}"
+    end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+    ids = [*tokenizer.encode(completion), *end]
+    return {"input_ids": [*before, *ids], "labels": [-100] * len(before) + ids}
+
+
+def _method(options: argparse.Namespace, model: GPT) -> Callable[[GPT, Path], None]:
+    """Choose what trains; return how it is saved."""
+    generator = seeded(options.seed, "weights", 0)
+    if options.method == "lora":
+        lora.adapt(
+            model,
+            rank=options.rank,
+            alpha=options.alpha,
+            targets=options.targets,
+            generator=generator,
+        )
+        return partial(lora.save, base_model=options.model)
+    if options.method == "adapters":
+        adapters.adapt(model, width=options.width, generator=generator)
+        return adapters.save
+    model.requires_grad_(True)
+    return GPT.save_pretrained
+
+
+def _variety(model: GPT, tokenizer: Tokenizer, seed: int) -> Record:
+    """distinct-1 and distinct-2 of four short texts that the model writes from nothing."""
+    eos = tokenizer.eos_token_id
+    start = torch.full((4, 1), eos or 0, device=model.device)
+    new = min(64, model.config.n_positions - 1)
+    generator = torch.Generator(model.device).manual_seed(seed)
+    rows = generate(model, start, max_new_tokens=new, generator=generator, eos_token_id=eos)
+    texts = [[i for i in row[1:] if i != eos] for row in rows.tolist()]
+    return {"distinct_1": metrics.distinct(texts, 1), "distinct_2": metrics.distinct(texts, 2)}
+
+
+@contextmanager
+def _processes() -> Iterator[bool]:
+    """Join the others that torchrun has started, if it has; True in the first of them."""
+    if "WORLD_SIZE" not in os.environ:
+        yield True
+        return
+    dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
+    try:
+        yield dist.get_rank() == 0
+    finally:
+        dist.destroy_process_group()
+
+
+def _wait() -> None:
+    if dist.is_initialized():
+        dist.barrier()
+
+
+def _device() -> torch.device:
+    """This process's GPU, if there is one."""
+    if torch.cuda.is_available():
+        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+    return torch.device("cpu")
+
+
+def _bar(things: Any, what: str = "windows") -> Any:
+    from tqdm import tqdm
+
+    return tqdm(things, desc=what, disable=None)
+
+
+def _say(line: str) -> None:
+    print(line, file=sys.stderr)
