@@ -1,4 +1,4 @@
-"""The command line: python -m bench speed|quality."""
+"""The command line: python -m bench parity|speed|memory|quality."""
 
 import argparse
 import sys
@@ -9,8 +9,11 @@ from bench.report import Record, insert, markdown, write
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one comparison: 0 if it worked, 2 for what the user gave, 1 for a failure."""
+    """Run one comparison: 0 if it worked and passed, 2 for what the user gave, 1 for a failure."""
     options = parser().parse_args(arguments)
+    if options.command is None:
+        parser().print_help()
+        return 0
     try:
         record = options.run(options)
         for path in write(record, options.command, options.output) if options.output else []:
@@ -23,20 +26,31 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"bench: {error}", file=sys.stderr)
         return 2 if isinstance(error, ValueError) else 1
     print(markdown(record))
-    return 0
+    return 1 if record.passed is False else 0
 
 
 def parser() -> argparse.ArgumentParser:
     """The comparisons and their flags."""
     root = argparse.ArgumentParser(prog="python -m bench", description="Measure and compare.")
-    commands = root.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    commands = root.add_subparsers(dest="command", metavar="COMMAND")
+
+    command = commands.add_parser("parity", help="every tensor of a forward against transformers")
+    command.add_argument("--model", default="chatbot/tutor", help="a directory or a hub id")
+    command.add_argument("--dtype", action="append", help="only this one (may be repeated)")
+    command.set_defaults(run=_parity)
 
     command = commands.add_parser("speed", help="tokens per second against transformers")
-    command.add_argument("--model", help="a directory; default: GPT-2 small's shape, random")
+    command.add_argument("--model", help="a directory or a hub id; default: random weights")
+    command.add_argument("--config", type=Path, help="their shape: a config.json; default: GPT-2")
     command.add_argument("--new-tokens", type=int, default=128, metavar="N")
     command.add_argument("--runs", type=int, default=5, metavar="N")
     command.add_argument("--threads", type=int, metavar="N", help="of torch; default: its own")
     command.set_defaults(run=_speed)
+
+    command = commands.add_parser("memory", help="weights, caches, and whole processes")
+    command.add_argument("--model", default="chatbot/tutor", help="a directory or a hub id")
+    command.add_argument("--sliding-window", type=int, default=128, metavar="W")
+    command.set_defaults(run=_memory)
 
     command = commands.add_parser("quality", help="the tutor on wordings it never saw")
     command.add_argument("--model", default="chatbot/tutor")
@@ -52,6 +66,22 @@ def parser() -> argparse.ArgumentParser:
     return root
 
 
+def _parity(options: argparse.Namespace) -> Record:
+    from bench import parity
+
+    dtypes = options.dtype or list(parity.TOLERANCES)
+    unknown = set(dtypes) - set(parity.TOLERANCES)
+    if unknown:
+        raise ValueError(f"dtype must be one of {', '.join(parity.TOLERANCES)}, got {min(unknown)}")
+    return parity.measure(options.model, dtypes=dtypes)
+
+
+def _memory(options: argparse.Namespace) -> Record:
+    from bench import memory
+
+    return memory.measure(options.model, sliding_window=options.sliding_window)
+
+
 def _speed(options: argparse.Namespace) -> Record:
     import torch
 
@@ -59,7 +89,9 @@ def _speed(options: argparse.Namespace) -> Record:
 
     if options.threads:
         torch.set_num_threads(options.threads)
-    return speed.measure(options.model, new_tokens=options.new_tokens, runs=options.runs)
+    return speed.measure(
+        options.model, config=options.config, new_tokens=options.new_tokens, runs=options.runs
+    )
 
 
 def _quality(options: argparse.Namespace) -> Record:

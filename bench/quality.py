@@ -17,7 +17,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from bench.report import Record, Table, environment
+from bench.environment import environment
+from bench.report import Record, Table
 from chatbot.engines import Engine
 from chatbot.tutor.corpus import FOLLOW_UPS, LANGUAGES, Dialogues
 

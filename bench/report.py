@@ -4,17 +4,10 @@ Proof: tests/test_bench.py.
 """
 
 import json
-import os
-import platform
-import subprocess
-import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
-
-PACKAGES = ("torch", "transformers", "tokenizers", "safetensors", "numpy")
 
 
 @dataclass
@@ -28,29 +21,13 @@ class Table:
 
 @dataclass
 class Record:
-    """What was measured, on what, and what came out."""
+    """What was measured, on what, and what came out; `passed` where there is something to pass."""
 
     title: str
     tables: list[Table]
     notes: list[str] = field(default_factory=list)
     environment: dict[str, Any] = field(default_factory=dict)
-
-
-def environment() -> dict[str, Any]:
-    """What a figure depends on: machine, threads, versions, commit and command line."""
-    import torch
-
-    return {
-        "command": " ".join(["python", "-m", "bench", *sys.argv[1:]]),
-        "commit": _git("rev-parse", "--short", "HEAD") + ("+" if _git("status", "--short") else ""),
-        "system": f"{platform.system()} {platform.machine()}",
-        "processor": _processor(),
-        "cores": os.cpu_count(),
-        "threads": torch.get_num_threads(),
-        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
-        "python": platform.python_version(),
-        **{name: version(name) for name in PACKAGES},
-    }
+    passed: bool | None = None
 
 
 def markdown(record: Record) -> str:
@@ -109,20 +86,3 @@ def _cell(cell: Any) -> str:
     if isinstance(cell, float):
         return f"{cell:.1f}" if abs(cell) >= 10 else f"{cell:.3g}"
     return str(cell)
-
-
-def _git(*arguments: str) -> str:
-    try:
-        run = subprocess.run(["git", *arguments], capture_output=True, text=True, timeout=10)
-    except OSError:
-        return ""
-    return run.stdout.strip()
-
-
-def _processor() -> str:
-    info = Path("/proc/cpuinfo")
-    if info.is_file():
-        for line in info.read_text().splitlines():
-            if line.startswith("model name"):
-                return line.split(":", 1)[1].strip()
-    return platform.processor() or "unknown"

@@ -7,8 +7,6 @@
 Proof: tests/test_bench.py.
 """
 
-import resource
-import statistics
 import subprocess
 import sys
 import time
@@ -16,106 +14,135 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
+from statistics import median, quantiles
 from tempfile import TemporaryDirectory
 
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
-from bench.report import Record, Table, environment
+from bench.environment import environment, peak_memory
+from bench.report import Record, Table
+from chatbot.engines import TUTOR
 from minigpt import GPT, GPTConfig, stream
+from minigpt.config import from_dict
+from minigpt.files import read_json, resolve
 
+PROMPT, LONG_PROMPT = 64, 512
 # Where the two likeliest tokens are nearer than float32 resolves, either may be chosen.
 MARGIN = 1e-3
 
 
 @dataclass
 class Runs:
-    """What one engine did in all its runs: seconds at which each token came, and the tokens."""
+    """What one engine did in all its runs, and whether it wrote what transformers wrote."""
 
     name: str
     generate: Callable[[Tensor, int], tuple[list[int], list[float]]]
-    prefill: list[float] = field(default_factory=list)
-    decode: list[float] = field(default_factory=list)
-    gaps: list[float] = field(default_factory=list)
-    long_prefill: list[float] = field(default_factory=list)
-    tokens: list[int] = field(default_factory=list)
+    agreed: bool = True
+    first: list[float] = field(default_factory=list)  # seconds to the first token of PROMPT
+    decode: list[float] = field(default_factory=list)  # tokens per second after it
+    gaps: list[float] = field(default_factory=list)  # seconds between two tokens
+    prefill: list[float] = field(default_factory=list)  # tokens per second of LONG_PROMPT
 
 
-def measure(model: str | None, *, new_tokens: int = 128, runs: int = 5) -> Record:
-    """Compare on a model, or on GPT-2 small's shape with random weights."""
+def measure(
+    model: str | None, *, config: Path | None = None, new_tokens: int = 128, runs: int = 5
+) -> Record:
+    """Compare on a model, or on random weights of a config.json's shape, or GPT-2 small's.
+
+    Raises ValueError if there is too little to measure, or no room for it in the context.
+    """
+    if new_tokens < 3 or runs < 1:
+        raise ValueError(f"at least 3 new tokens and 1 run, got {new_tokens} and {runs}")
+    if model and config:
+        raise ValueError("give a model or the shape of a random one, not both")
     with TemporaryDirectory() as temporary:
-        folder = Path(model) if model else random_model(Path(temporary))
+        folder = resolve(model) if model else random_model(Path(temporary), config)
         ours, theirs = GPT.from_pretrained(folder, dtype=torch.float32), load_hf(folder)
-    config = ours.config
     generator = torch.Generator().manual_seed(0)
-    prompt = torch.randint(config.vocab_size, (1, 64), generator=generator)
-    room = config.n_positions - 1
-    long_prompt = torch.randint(config.vocab_size, (1, min(512, room)), generator=generator)
+    V, P = ours.config.vocab_size, ours.config.n_positions
+    prompt = torch.randint(V, (1, PROMPT), generator=generator)
+    long_prompt = torch.randint(V, (1, min(LONG_PROMPT, P - 1)), generator=generator)
     engines = [
         Runs("minigpt float32", lambda ids, n: run_minigpt(ours, ids, n)),
         Runs("transformers generate float32", lambda ids, n: run_hf(theirs, ids, n)),
     ]
-    for number in range(runs + 1):  # the first round warms up
+    for number in tqdm(range(runs + 1), unit="round", disable=None):  # the first one warms up
+        written = []
         for engine in engines:
             tokens, times = engine.generate(prompt, new_tokens)
-            _, (start, first) = engine.generate(long_prompt, 1)
-            engine.tokens = tokens
+            long_tokens, (start, end) = engine.generate(long_prompt, 1)
+            written.append((tokens, long_tokens))
             if number:
-                engine.prefill.append(prompt.shape[1] / (times[1] - times[0]))
+                engine.first.append(times[1] - times[0])
                 engine.decode.append((len(tokens) - 1) / (times[-1] - times[1]))
                 engine.gaps += [b - a for a, b in pairwise(times[1:])]
-                engine.long_prefill.append(long_prompt.shape[1] / (first - start))
-    return report(engines, config, agree(theirs, prompt, *(e.tokens for e in engines)), runs)
+                engine.prefill.append(long_prompt.shape[1] / (end - start))
+        for engine, (tokens, long_tokens) in zip(engines, written):
+            right, long_right = written[-1]
+            engine.agreed &= agree(theirs, prompt, tokens, right)
+            engine.agreed &= agree(theirs, long_prompt, long_tokens, long_right)
+    return report(engines, ours.config, long_prompt.shape[1], new_tokens)
 
 
-def report(engines: list[Runs], config: GPTConfig, agreed: bool, runs: int) -> Record:
-    """The table; an engine whose tokens differ from HF's gets no speed."""
-    bandwidth = read_bandwidth()
-    weights = 4 * matrix_weights(config)
-    hf = engines[-1]
-    columns = ["engine", "decode tokens/s", "spread", "x HF", "of the roofline", "TPOT p50 / p95"]
-    columns += ["first token of 64, ms", "prefill 512 tokens/s", "x HF", "n"]
-    table = Table("", columns)
+def report(engines: list[Runs], config: GPTConfig, long: int, new_tokens: int) -> Record:
+    """The table; an engine whose tokens differ from those of the last one, HF, gets no speed."""
+    bandwidth, weights, hf = read_bandwidth(), 4 * matrix_weights(config), engines[-1]
+    columns = ["engine", "decode tokens/s", "spread", "x HF", "of the roofline"]
+    columns += ["time per token, p50 / p95 ms", f"first token of {PROMPT}, ms"]
+    table = Table("", [*columns, f"prefill {long} tokens/s", "spread", "x HF", "n"])
     for engine in engines:
-        if not agreed and engine is not hf:
-            table.rows.append([engine.name, "other tokens than HF: no speed"] + ["–"] * 8)
+        if not engine.agreed:
+            nothing = ["–"] * (len(table.columns) - 2)
+            table.rows.append([engine.name, "other tokens than HF: no speed", *nothing])
             continue
-        decode, prefill = map(statistics.median, (engine.decode, engine.long_prefill))
-        p50, *_, p95 = statistics.quantiles(engine.gaps, n=20)[9:]
+        decode, prefill = median(engine.decode), median(engine.prefill)
+        gaps = quantiles([1000 * gap for gap in engine.gaps], n=20)
         table.rows.append(
             [
                 engine.name,
                 decode,
-                f"{min(engine.decode):.1f}–{max(engine.decode):.1f}",
-                decode / statistics.median(hf.decode),
+                spread(engine.decode),
+                decode / median(hf.decode),
                 f"{100 * decode * weights / bandwidth:.0f} %",
-                f"{1000 * p50:.1f} / {1000 * p95:.1f} ms",
-                1000 * 64 / statistics.median(engine.prefill),
+                f"{gaps[9]:.1f} / {gaps[18]:.1f}",
+                1000 * median(engine.first),
                 prefill,
-                prefill / statistics.median(hf.long_prefill),
-                runs,
+                spread(engine.prefill),
+                prefill / median(hf.prefill),
+                len(engine.decode),
             ]
         )
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
     notes = [
-        f"Read bandwidth {bandwidth / 1e9:.1f} GB/s; {weights / 1e6:.0f} MB of weights read per "
-        f"token; peak memory of the whole run {peak:.0f} MB.",
-        f"Start to first token, `python -m chatbot -p`: {start_to_first_token():.2f} s.",
+        f"{PROMPT} tokens, then {new_tokens} new ones; decode leaves the first of these out. "
+        f"Medians of runs that take turns after a warm-up, and the least and the greatest.",
+        f"Memory delivers {bandwidth / 1e9:.1f} GB/s, and each token reads {weights / 1e6:.0f} MB "
+        f"of weights. Peak of the whole run: {peak_memory() / 1e6:.0f} MB.",
+        f"Start to first token of `python -m chatbot -p`: {start_to_first_token()}.",
     ]
     return Record("Speed, batch 1, greedy", [table], notes, environment())
 
 
-def random_model(folder: Path) -> Path:
-    """GPT-2 small's configuration with random weights."""
-    GPT(GPTConfig(), generator=torch.Generator().manual_seed(0)).save_pretrained(folder)
+def spread(numbers: list[float]) -> str:
+    """The least and the greatest."""
+    return f"{min(numbers):.1f}–{max(numbers):.1f}"
+
+
+def random_model(folder: Path, config: Path | None) -> Path:
+    """Random weights of a config.json's shape, or of GPT-2 small's."""
+    shape = GPTConfig() if config is None else from_dict(read_json(config))
+    GPT(shape, generator=torch.Generator().manual_seed(0)).save_pretrained(folder)
     return folder
 
 
 def load_hf(folder: Path) -> torch.nn.Module:
     """The same weights in transformers."""
-    from transformers import GPT2LMHeadModel
+    from transformers import GenerationConfig, GPT2LMHeadModel
 
-    return GPT2LMHeadModel.from_pretrained(folder, dtype=torch.float32, use_safetensors=True)
+    model = GPT2LMHeadModel.from_pretrained(folder, dtype=torch.float32, use_safetensors=True)
+    model.generation_config = GenerationConfig()  # no end token, no advice: all that is asked
+    return model
 
 
 def run_minigpt(model: GPT, ids: Tensor, new_tokens: int) -> tuple[list[int], list[float]]:
@@ -146,7 +173,6 @@ def run_hf(model: torch.nn.Module, ids: Tensor, new_tokens: int) -> tuple[list[i
         ids,
         attention_mask=torch.ones_like(ids),
         max_new_tokens=new_tokens,
-        min_new_tokens=new_tokens,
         do_sample=False,
         streamer=clock,
         pad_token_id=0,
@@ -184,13 +210,18 @@ def read_bandwidth() -> float:
     return numbers.nbytes / min(seconds() for _ in range(7))
 
 
-def start_to_first_token() -> float:
-    """Seconds from starting the chat's program to its first output."""
-    start = time.perf_counter()
+def start_to_first_token() -> str:
+    """How long the chat's program takes from its start to its first output, or why that is open."""
+    if not (TUTOR / "model.safetensors").is_file():
+        return f"not measured, {TUTOR.name} holds no model"
     command = [sys.executable, "-m", "chatbot", "-p", "hola", "--max-new-tokens", "20"]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL) as chat:
-        assert chat.stdout is not None
+    pipe, root = subprocess.PIPE, TUTOR.parent.parent
+    start = time.perf_counter()
+    with subprocess.Popen(command, cwd=root, stdout=pipe, stderr=pipe) as chat:
+        assert chat.stdout
         first = chat.stdout.read(1)
         seconds = time.perf_counter() - start
-        chat.stdout.read()
-    return seconds if first else float("nan")
+        _, said = chat.communicate()
+    if not first:
+        return f"not measured, the chat said {said.decode(errors='replace').strip()!r}"
+    return f"{seconds:.2f} s"

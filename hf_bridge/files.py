@@ -48,10 +48,11 @@ def resolve(name_or_path: str | Path) -> Path:
 
     Raises WeightsError if it is neither, OSError if a download breaks off.
     """
-    folder, name = Path(name_or_path).expanduser(), str(name_or_path)
-    if folder.is_dir():
+    name = str(name_or_path)
+    folder = Path(name).expanduser()
+    if name and folder.is_dir():  # an empty name would be the working directory
         return folder
-    if folder.exists():
+    if folder.is_file():
         raise WeightsError(f"{name} is a file: give the directory that holds config.json")
     if name.startswith((".", "~", os.sep)) or "\\" in name or name.count("/") > 1 or not name:
         raise WeightsError(f"no directory {name!r}: check the path")

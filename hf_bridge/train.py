@@ -285,6 +285,14 @@ class _Trainer(Trainer):
         self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
 
+    def save_model(self, output_dir=None, _internal_call=False) -> None:
+        """As the library's, but peft must not ask the base's files whether words were added."""
+        if isinstance(self.model, PeftModel):
+            if self.args.should_save:
+                self.model.save_pretrained(output_dir, save_embedding_layers=False)
+        else:
+            super().save_model(output_dir, _internal_call)
+
     def _record(self, record: Record) -> None:
         self.records.append(record)
         if self.is_world_process_zero():

@@ -39,11 +39,11 @@ def resolve(name_or_path: str | Path) -> Path:
 
     Raises WeightsError if it is neither, OSError if a download breaks off.
     """
-    folder = Path(name_or_path).expanduser()
-    if folder.is_dir():
-        return folder
     name = str(name_or_path)
-    if folder.exists():
+    folder = Path(name).expanduser()
+    if name and folder.is_dir():  # an empty name would be the working directory
+        return folder
+    if folder.is_file():
         raise WeightsError(f"{name} is a file: give the directory that holds config.json")
     if name.startswith((".", "~", os.sep)) or "\\" in name or name.count("/") > 1 or not name:
         raise WeightsError(f"no directory {name!r}: check the path")
@@ -97,9 +97,7 @@ def write_atomically(path: Path, content: bytes) -> None:
             file.write(content)
             file.flush()
             os.fsync(file.fileno())
-        os.chmod(
-            temporary, 0o644
-        )  # mkstemp makes it private; a model directory is for all who may read it
+        os.chmod(temporary, 0o644)  # mkstemp makes it private; a model is for all who may read
         os.replace(temporary, path)
     except BaseException:
         Path(temporary).unlink(missing_ok=True)

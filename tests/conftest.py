@@ -3,6 +3,7 @@
 import os
 
 os.environ |= {
+    "OMP_WAIT_POLICY": "passive",  # on a busy machine, waiting threads would spin the time away
     "HF_HUB_OFFLINE": "1",  # set before anything of Hugging Face is imported
     "HF_HUB_DISABLE_PROGRESS_BARS": "1",
     "TRANSFORMERS_VERBOSITY": "error",
