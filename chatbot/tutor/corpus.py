@@ -3,19 +3,19 @@
     dialogues/*.txt -> Dialogues -> conversation(length, random) -> messages -> a row of tokens
 
 Every row is a function of its random generator alone, so a run can stop and continue, and two
-runs are equal. A wording is hardly ever shown twice in the same dress: case, accents, signs and
-letters vary, a greeting may stand before it, and words are sometimes cut into other pieces than
-usual (BPE dropout, Provilkova et al. 2020).
+runs are equal. A wording is hardly ever shown twice in the same dress: wording.py varies it, a
+greeting may stand before it, and words are sometimes cut into other pieces than usual (BPE
+dropout, Provilkova et al. 2020).
 """
 
 import re
-import unicodedata
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 from random import Random
 
+from chatbot.tutor.wording import casing, invent_name, relax, thin, without_accents, words_of
 from minigpt.tokenizer import WORD, Tokenizer, byte_letters
 
 LANGUAGES = ("es", "en")
@@ -43,6 +43,7 @@ class Dialogues:
     unknown: Sections
     follow_ups: dict[str, Sections]
     styles: dict[str, Sections]
+    repeat: Sections
 
 
 def read(folder: Path = FOLDER) -> Dialogues:
@@ -60,6 +61,7 @@ def read(folder: Path = FOLDER) -> Dialogues:
         unknown=files["unknown"]["unknown"],
         follow_ups=files["follow_ups"],
         styles=files["styles"],
+        repeat=files["repeat"]["repeat"],
     )
 
 
@@ -106,8 +108,9 @@ class Conversations:
         style = self._style(random)
         if style is not None:
             prompts = self.dialogues.styles[style][f"{state.language} system"]
-            yield {"role": "system", "content": _relax(random, random.choice(prompts), 0.3)}
-        personal = random.random() < 0.25  # a conversation about the user more than about topics
+            prompt = thin(random, random.choice(prompts))
+            yield {"role": "system", "content": relax(random, prompt, 0.3)}
+        personal = random.random() < 0.35  # a conversation about the user more than about topics
         while True:
             if random.random() < 0.04:
                 state.language = random.choice(LANGUAGES)
@@ -124,11 +127,12 @@ class Conversations:
         """The user's message and the right reply; the state remembers what it was about."""
         weights = {
             self._topic: 4.0 if not personal else 1.0,
-            self._unknown: 0.6 if not personal else 0.2,
-            self._small_talk: 0.3 if not personal else 0.5,
+            self._unknown: 0.9 if not personal else 0.3,
+            self._small_talk: 0.3 if not personal else 0.4,
+            self._repeat: 0.1 if not personal else 0.6,
             self._tell: 0.15 if not personal else 2.0,
-            self._ask: 0.1 if not personal else (2.0 if state.facts else 0.3),
-            self._follow_up: 2.0 if state.topic else 0.03,
+            self._ask: 0.1 if not personal else (2.5 if state.facts else 0.3),
+            self._follow_up: 0.03 if not state.topic else (4.0 if not personal else 1.5),
         }
         kind = random.choices(list(weights), list(weights.values()))[0]
         if kind not in (self._topic, self._follow_up):
@@ -138,13 +142,20 @@ class Conversations:
     def _topic(self, random: Random, state: "_State", style: str) -> tuple[str, str]:
         state.topic = random.choice(self.topics)
         topic, language = self.dialogues.topics[state.topic], state.language
-        way = random.random()
-        if way < 0.42:
-            carrier = random.choice(self.dialogues.carriers[f"{language} named"])
-            term = _casing(random, random.choice(topic[f"{language} terms"]))
-            user = carrier.replace("{term}", term)
-        else:
-            user = random.choice(topic[f"{language} {'named' if way < 0.55 else 'unnamed'}"])
+        terms = topic[f"{language} terms"]
+        kept = frozenset(word for term in terms for word in words_of(term))
+
+        def wording() -> str:
+            way = random.random()
+            if way < 0.35:
+                frame = thin(random, random.choice(self.dialogues.carriers[f"{language} named"]))
+                return frame.replace("{term}", casing(random, random.choice(terms)))
+            kind = "named" if way < 0.55 else "unnamed"
+            return thin(random, random.choice(topic[f"{language} {kind}"]), kept)
+
+        user = wording()
+        if random.random() < 0.25:  # asked twice, in two ways
+            user = f"{user}{random.choice([' ', '. ', ', ', '? '])}{wording()}"
         pattern = self.dialogues.styles[style][f"{language} pattern"][0]
         texts = {kind: topic[f"{language} {kind}"][0] for kind in ("answer", "short", "example")}
         return self._dress(random, user, language), pattern.format(**texts)
@@ -152,7 +163,9 @@ class Conversations:
     def _follow_up(self, random: Random, state: "_State", style: str) -> tuple[str, str]:
         kind, language = random.choice(FOLLOW_UPS), state.language
         section = self.dialogues.follow_ups[kind]
-        user = self._dress(random, random.choice(section[f"{language} user"]), language)
+        user = self._dress(
+            random, thin(random, random.choice(section[f"{language} user"])), language
+        )
         if state.topic is None:
             return user, section[f"{language} nothing"][0]
         return user, self.dialogues.topics[state.topic][f"{language} {kind}"][0]
@@ -164,15 +177,29 @@ class Conversations:
             frames = random.choice(["negative", "named"])
             thing = random.choice(carriers[f"{language} things"])
             frame = random.choice(carriers[f"{language} {frames}"])
-            user = re.sub(r"\{(term|thing)\}", lambda _: _casing(random, thing), frame)
+            frame = thin(random, frame)
+            user = re.sub(r"\{(term|thing)\}", lambda _: casing(random, thing), frame)
         else:
-            user = random.choice(unknown[f"{language} user"])
+            user = thin(random, random.choice(unknown[f"{language} user"]))
         return self._dress(random, user, language), unknown[f"{language} reply"][0]
 
     def _small_talk(self, random: Random, state: "_State", style: str) -> tuple[str, str]:
         intent = self.dialogues.small_talk[random.choice(list(self.dialogues.small_talk))]
         user = random.choice(intent[f"{state.language} user"])
-        return _relax(random, user, 0.5), intent[f"{state.language} reply"][0]
+        return relax(random, user, 0.5), intent[f"{state.language} reply"][0]
+
+    def _repeat(self, random: Random, state: "_State", style: str) -> tuple[str, str]:
+        """Words that mean nothing, said again: nowhere else is copying learned so directly."""
+        frames, language = self.dialogues.repeat, state.language
+        things = self.dialogues.carriers[f"{language} things"]
+        text = " ".join(
+            invent_name(random) if random.random() < 0.6 else random.choice(things)
+            for _ in range(random.randint(1, 4))
+        )
+        if random.random() < 0.5:
+            text = text.lower()
+        frame = relax(random, random.choice(frames[f"{language} user"]), 0.4)
+        return frame.replace("{text}", text), frames[f"{language} reply"][0].replace("{text}", text)
 
     def _tell(self, random: Random, state: "_State", style: str) -> tuple[str, str]:
         fact = self._fact(random)
@@ -184,7 +211,7 @@ class Conversations:
         if random.random() < 0.15:
             value = value.lower()
         state.facts[fact] = value
-        frame = _relax(random, random.choice(section[f"{language} tell"]), 0.4)
+        frame = relax(random, random.choice(section[f"{language} tell"]), 0.4)
         return frame.replace("{value}", value), self._say(section, language, "ack", value)
 
     def _ask(self, random: Random, state: "_State", style: str) -> tuple[str, str]:
@@ -210,10 +237,7 @@ class Conversations:
             text = f"{before} {text[0].lower() + text[1:] if random.random() < 0.7 else text}"
         if random.random() < 0.08:
             text = f"{text} {random.choice(self.dialogues.openers[f'{language} after'])}"
-        words = text.split(" ")
-        if len(words) > 4 and random.random() < 0.15:
-            del words[random.randrange(len(words))]
-        return _relax(random, " ".join(words), 0.4)
+        return relax(random, text, 0.4)
 
 
 @dataclass
@@ -229,9 +253,9 @@ class _State:
 class Rows:
     """Rows of token ids, cut from conversations: step -> a batch, always the same one."""
 
-    # Tokens a row, rows a batch, how often: most batches are first turns, since there the tutor
-    # decides what it was asked; the longest rows teach all positions of the chat's context.
-    SHAPES = ((64, 64, 0.55), (128, 32, 0.25), (256, 16, 0.15), (512, 8, 0.05))
+    # Tokens a row, rows a batch, how often. The shortest end soon after the tutor has decided what
+    # it was asked, the hardest thing to learn; the longest teach all positions of its context.
+    SHAPES = ((32, 128, 0.30), (64, 64, 0.22), (128, 32, 0.25), (256, 16, 0.17), (512, 8, 0.06))
 
     def __init__(self, conversations: Conversations, tokenizer: Tokenizer, *, seed: int):
         self.conversations = conversations
@@ -289,77 +313,6 @@ class Rows:
             parts[i : i + 2] = [parts[i] + parts[i + 1]]
 
 
-# fmt: off
-SYLLABLES = [
-    "a", "e", "i", "o", "u", "ba", "be", "bo", "ca", "ce", "co", "da", "de", "di", "do", "fa", "fe",
-    "ga", "go", "ha", "ja", "jo", "ka", "ke", "ki", "la", "le", "li", "lo", "lu", "ma", "me", "mi",
-    "mo", "na", "ne", "ni", "no", "pa", "pe", "po", "qui", "ra", "re", "ri", "ro", "sa", "se", "si",
-    "so", "ta", "te", "ti", "to", "tu", "va", "ve", "vi", "vo", "wa", "xi", "ya", "yo", "za", "zo",
-    "bra", "cla", "dro", "fri", "gue", "tra", "pli", "ster", "rond", "kwa", "zhe", "shi", "chu",
-    "thi", "lan", "ber", "mar", "ton", "dor", "win", "gar", "nes", "kov", "sky", "ez", "ic", "an",
-    "el", "or",
-]
-# fmt: on
-
-
-def invent_name(random: Random) -> str:
-    """A name that nobody has: the tutor must copy names, not know them."""
-    parts = ["".join(random.choices(SYLLABLES, k=random.randint(2, 4))).capitalize()]
-    if random.random() < 0.2:
-        parts.append("".join(random.choices(SYLLABLES, k=random.randint(2, 3))).capitalize())
-    return " ".join(parts)
-
-
-def _casing(random: Random, term: str) -> str:
-    """A term in small letters, capitals, or as it was."""
-    way = random.random()
-    if way < 0.2:
-        return term.lower()
-    if way < 0.35:
-        return term[0].upper() + term[1:]
-    return term.upper() if way < 0.45 else term
-
-
-def _relax(random: Random, text: str, rate: float) -> str:
-    """Type carelessly: with probability `rate` lose case, accents or signs; seldom a letter."""
-    if random.random() < rate:
-        if random.random() < 0.5:
-            text = _lower(text)
-        if random.random() < 0.5:
-            text = _without_accents(text)
-        if random.random() < 0.6:
-            text = text.replace("¿", "").replace("¡", "")
-        if random.random() < 0.5:
-            text = text.rstrip("?.! ") or text
-    elif random.random() < 0.03:
-        text = re.sub(r"[^{}]+(?![^{]*\})", lambda match: match[0].upper(), text)
-    if random.random() < rate / 4:
-        text = _mistype(random, text)
-    return text
-
-
-def _lower(text: str) -> str:
-    return text.lower()
-
-
-def _without_accents(text: str) -> str:
-    letters = unicodedata.normalize("NFD", text)
-    return unicodedata.normalize("NFC", "".join(c for c in letters if c not in "\u0301\u0308"))
-
-
-def _mistype(random: Random, text: str) -> str:
-    """Swap, drop or double one letter in the middle of a word."""
-    spots = [m.start() + 1 for m in re.finditer(r"[^\W\d_]{4,}", text) if "{" not in m[0]]
-    spots = [i for i in spots if "{" not in text[max(0, i - 2) : i]]  # not inside a {value}
-    if not spots:
-        return text
-    i = random.choice(spots) + random.randint(0, 1)
-    way = random.randrange(3)
-    if way == 0:
-        return text[:i] + text[i + 1] + text[i] + text[i + 2 :]
-    return text[:i] + text[i + 1 :] if way == 1 else text[:i] + text[i] + text[i:]
-
-
 def texts(dialogues: Dialogues) -> Iterator[str]:
     """Every written line, for learning the tokenizer; replies weigh more: the model writes them."""
     groups: Sequence[dict[str, Sections]] = (
@@ -375,4 +328,4 @@ def texts(dialogues: Dialogues) -> Iterator[str]:
             weight = 4 if name.split()[1] in ("answer", "short", "why", "example", "reply") else 1
             for line in lines * weight:
                 yield line
-                yield _lower(_without_accents(line))
+                yield without_accents(line).lower()

@@ -1,0 +1,101 @@
+"""A wording as somebody else would have typed it, and names that nobody has.
+
+What the tutor is asked must not hang on a letter, a sign or a single word: case, accents and signs
+vary, letters are swapped, and words are left out or moved. So a wording is hardly ever seen twice.
+"""
+
+import re
+import unicodedata
+from random import Random
+
+# fmt: off
+SYLLABLES = [
+    "a", "e", "i", "o", "u", "ba", "be", "bo", "ca", "ce", "co", "da", "de", "di", "do", "fa", "fe",
+    "ga", "go", "ha", "ja", "jo", "ka", "ke", "ki", "la", "le", "li", "lo", "lu", "ma", "me", "mi",
+    "mo", "na", "ne", "ni", "no", "pa", "pe", "po", "qui", "ra", "re", "ri", "ro", "sa", "se", "si",
+    "so", "ta", "te", "ti", "to", "tu", "va", "ve", "vi", "vo", "wa", "xi", "ya", "yo", "za", "zo",
+    "bra", "cla", "dro", "fri", "gue", "tra", "pli", "ster", "rond", "kwa", "zhe", "shi", "chu",
+    "thi", "lan", "ber", "mar", "ton", "dor", "win", "gar", "nes", "kov", "sky", "ez", "ic", "an",
+    "el", "or",
+]
+# fmt: on
+
+
+def invent_name(random: Random) -> str:
+    """A name that nobody has: the tutor must copy names, not know them."""
+    parts = ["".join(random.choices(SYLLABLES, k=random.randint(2, 4))).capitalize()]
+    if random.random() < 0.2:
+        parts.append("".join(random.choices(SYLLABLES, k=random.randint(2, 3))).capitalize())
+    return " ".join(parts)
+
+
+def words_of(text: str) -> list[str]:
+    """The words of a text, bare: small letters, no accents, no signs.
+
+    >>> words_of("¿Qué es LoRA?")
+    ['que', 'es', 'lora']
+    """
+    return re.findall(r"\w+", without_accents(text.lower()))
+
+
+def thin(random: Random, text: str, kept: frozenset[str] = frozenset()) -> str:
+    """Leave out or move some words, but none of `kept`: what is asked hangs on no single word."""
+    words = text.split(" ")
+    if random.random() < 0.5 or len(words) < 3:
+        return text
+    rate = random.choice([0.1, 0.2, 0.35])
+    words = [
+        word
+        for word in words
+        if random.random() > rate or "{" in word or not kept.isdisjoint(words_of(word))
+    ]
+    if random.random() < 0.2:
+        order = [i + 3 * random.random() for i in range(len(words))]
+        words = [word for _, word in sorted(zip(order, words, strict=True))]
+    return " ".join(words) if len(words) > 1 else text
+
+
+def casing(random: Random, term: str) -> str:
+    """A term in small letters, capitals, or as it was."""
+    way = random.random()
+    if way < 0.2:
+        return term.lower()
+    if way < 0.35:
+        return term[0].upper() + term[1:]
+    return term.upper() if way < 0.45 else term
+
+
+def relax(random: Random, text: str, rate: float) -> str:
+    """Type carelessly: with probability `rate` lose case, accents or signs; seldom a letter."""
+    if random.random() < rate:
+        if random.random() < 0.5:
+            text = text.lower()
+        if random.random() < 0.5:
+            text = without_accents(text)
+        if random.random() < 0.6:
+            text = text.replace("¿", "").replace("¡", "")
+        if random.random() < 0.5:
+            text = text.rstrip("?.! ") or text
+    elif random.random() < 0.03:
+        text = re.sub(r"[^{}]+(?![^{]*\})", lambda match: match[0].upper(), text)
+    if random.random() < rate / 4:
+        text = mistype(random, text)
+    return text
+
+
+def without_accents(text: str) -> str:
+    letters = unicodedata.normalize("NFD", text)
+    return unicodedata.normalize("NFC", "".join(c for c in letters if c not in "\u0301\u0308"))
+
+
+def mistype(random: Random, text: str) -> str:
+    """Swap, drop or double one letter in the middle of a word."""
+    spots = [m.start() + 1 for m in re.finditer(r"[^\W\d_]{4,}", text) if "{" not in m[0]]
+    spots = [i for i in spots if "{" not in text[max(0, i - 2) : i]]  # not inside a {value}
+    if not spots:
+        return text
+    i = random.choice(spots) + random.randint(0, 1)
+    way = random.randrange(3)
+    if way == 0:
+        return text[:i] + text[i + 1] + text[i] + text[i + 2 :]
+    return text[:i] + text[i + 1 :] if way == 1 else text[:i] + text[i] + text[i:]
