@@ -5,34 +5,36 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from bench.report import Record, insert, markdown, write
+from bench.environment import threads
+from bench.report import Record, around, insert, markdown, write
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one comparison: 0 if it worked and passed, 2 for what the user gave, 1 for a failure."""
     options = parser().parse_args(arguments)
-    if options.command is None:
-        parser().print_help()
-        return 0
     try:
+        _check_targets(options)  # before minutes of measuring
         record = options.run(options)
-        for path in write(record, options.command, options.output) if options.output else []:
-            print(f"wrote {path}", file=sys.stderr)
+        print(markdown(record), flush=True)  # first of all: a full disk does not lose it
+        if options.output:
+            for path in write(record, options.command, options.output):
+                print(f"wrote {path}", file=sys.stderr)
         if options.insert:
-            insert(record, options.insert)
+            insert(record, options.command, options.insert)
     except KeyboardInterrupt:
         return 130
     except (ValueError, OSError) as error:
+        if options.debug:
+            raise
         print(f"bench: {error}", file=sys.stderr)
         return 2 if isinstance(error, ValueError) else 1
-    print(markdown(record))
     return 1 if record.passed is False else 0
 
 
 def parser() -> argparse.ArgumentParser:
     """The comparisons and their flags."""
     root = argparse.ArgumentParser(prog="python -m bench", description="Measure and compare.")
-    commands = root.add_subparsers(dest="command", metavar="COMMAND")
+    commands = root.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
     command = commands.add_parser("parity", help="every tensor of a forward against transformers")
     command.add_argument("--model", default="chatbot/tutor", help="a directory or a hub id")
@@ -42,38 +44,44 @@ def parser() -> argparse.ArgumentParser:
     command = commands.add_parser("speed", help="tokens per second against transformers")
     command.add_argument("--model", help="a directory or a hub id; default: random weights")
     command.add_argument("--config", type=Path, help="their shape: a config.json; default: GPT-2")
-    command.add_argument("--new-tokens", type=int, default=128, metavar="N")
-    command.add_argument("--runs", type=int, default=5, metavar="N")
-    command.add_argument("--threads", type=int, metavar="N", help="of torch; default: its own")
+    command.add_argument("--new-tokens", type=_count, default=128, metavar="N")
+    command.add_argument("--runs", type=_count, default=5, metavar="N")
+    command.add_argument("--threads", type=_count, metavar="N", help="of torch; default: its own")
     command.set_defaults(run=_speed)
 
     command = commands.add_parser("memory", help="weights, caches, and whole processes")
     command.add_argument("--model", default="chatbot/tutor", help="a directory or a hub id")
-    command.add_argument("--sliding-window", type=int, default=128, metavar="W")
+    command.add_argument("--sliding-window", type=_count, default=128, metavar="W")
     command.set_defaults(run=_memory)
 
     command = commands.add_parser("quality", help="the tutor on wordings it never saw")
-    command.add_argument("--model", default="chatbot/tutor")
+    command.add_argument("--model", default="chatbot/tutor", help="a directory or a hub id")
     command.add_argument("--engine", default="minigpt", choices=("minigpt", "hf"))
     command.add_argument("--group", action="append", help="only this one (may be repeated)")
-    command.add_argument("--limit", type=int, metavar="N", help="only N cases of each group")
+    command.add_argument(
+        "--limit", type=_count, metavar="N", help="only N cases of each group and language"
+    )
     command.add_argument("--failures", action="store_true", help="show what went wrong")
     command.set_defaults(run=_quality)
 
     for command in commands.choices.values():
         command.add_argument("--output", type=Path, help="also write Markdown and JSON there")
         command.add_argument("--insert", type=Path, help="also put the table into this document")
+        command.add_argument("--debug", action="store_true", help="show the traceback of an error")
     return root
+
+
+def _check_targets(options: argparse.Namespace) -> None:
+    if options.output and options.output.is_file():
+        raise ValueError(f"{options.output} is a file: give a directory")
+    if options.insert:
+        around(options.command, options.insert)
 
 
 def _parity(options: argparse.Namespace) -> Record:
     from bench import parity
 
-    dtypes = options.dtype or list(parity.TOLERANCES)
-    unknown = set(dtypes) - set(parity.TOLERANCES)
-    if unknown:
-        raise ValueError(f"dtype must be one of {', '.join(parity.TOLERANCES)}, got {min(unknown)}")
-    return parity.measure(options.model, dtypes=dtypes)
+    return parity.measure(options.model, dtypes=options.dtype or list(parity.TOLERANCES))
 
 
 def _memory(options: argparse.Namespace) -> Record:
@@ -83,15 +91,12 @@ def _memory(options: argparse.Namespace) -> Record:
 
 
 def _speed(options: argparse.Namespace) -> Record:
-    import torch
-
     from bench import speed
 
-    if options.threads:
-        torch.set_num_threads(options.threads)
-    return speed.measure(
-        options.model, config=options.config, new_tokens=options.new_tokens, runs=options.runs
-    )
+    with threads(options.threads):
+        return speed.measure(
+            options.model, config=options.config, new_tokens=options.new_tokens, runs=options.runs
+        )
 
 
 def _quality(options: argparse.Namespace) -> Record:
@@ -99,16 +104,21 @@ def _quality(options: argparse.Namespace) -> Record:
     from chatbot.engines import open_engine
     from chatbot.tutor import corpus
 
-    unknown = set(options.group or []) - set(quality.GROUPS)
-    if unknown:
-        raise ValueError(f"group must be one of {', '.join(quality.GROUPS)}, got {unknown.pop()}")
+    groups = options.group or list(quality.GROUPS)
+    quality.check_groups(groups)
     engine = open_engine(options.engine, options.model)
     judge = quality.Judge(corpus.read())
-    groups = options.group or list(quality.GROUPS)
-    record, failures = quality.measure(engine, judge, groups, limit=options.limit)
+    with threads(1):  # for one token of so small a model, a second one waits more than it helps
+        record, failures = quality.measure(engine, judge, groups, limit=options.limit)
     for line in failures if options.failures else []:
         print(line)
     return record
+
+
+def _count(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"must be a whole number of at least 1, got {text}")
+    return int(text)
 
 
 if __name__ == "__main__":

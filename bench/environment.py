@@ -8,8 +8,11 @@ import os
 import platform
 import re
 import resource
+import shlex
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -23,16 +26,29 @@ def environment() -> dict[str, Any]:
 
     changed = _git("status", "--short", "--untracked-files=no")
     return {
-        "command": " ".join(["python", "-m", "bench", *sys.argv[1:]]),
+        "command": shlex.join(["python", "-m", "bench", *sys.argv[1:]]),
         "commit": (_git("rev-parse", "--short", "HEAD") or "unknown") + ("+" if changed else ""),
         "system": f"{platform.system()} {platform.machine()}",
         "processor": _processor(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
-        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else "none",
         "python": platform.python_version(),
         **{name: version(name) for name in PACKAGES},
     }
+
+
+@contextmanager
+def threads(number: int | None) -> Iterator[None]:
+    """Let torch compute with so many threads meanwhile; None: with as many as it does now."""
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(before if number is None else number)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def sha256(path: Path) -> str:
@@ -60,7 +76,7 @@ def _git(*arguments: str) -> str:
             timeout=10,
             cwd=Path(__file__).parent,
         )
-    except OSError:
+    except (OSError, subprocess.TimeoutExpired):
         return ""
     return run.stdout.strip()
 

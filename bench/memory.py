@@ -29,9 +29,10 @@ print(peak_memory())
 """
 
 
-def measure(
-    model: str | Path, *, sliding_window: int = 128, prompt_tokens: int = 64, new_tokens: int = 32
-) -> Record:
+PROMPT, NEW = 64, 32  # tokens that a process reads and writes, or half a shorter context of each
+
+
+def measure(model: str | Path, *, sliding_window: int = 128) -> Record:
     """Bytes of the model in float32 on both sides, and the peak of processes that use it."""
     folder = resolve(model).resolve()
     table = Table("", ["MB", "minigpt", "transformers"])
@@ -42,16 +43,17 @@ def measure(
             folder, dtype=torch.float32, sliding_window=sliding_window
         )
         weights = sum(p.nbytes for p in whole.parameters())
-        peak = process(package.__name__, folder, prompt_tokens, new_tokens)
+        prompt = min(PROMPT, whole.config.n_positions // 2)
+        new = min(NEW, whole.config.n_positions // 2)
+        peak = process(package.__name__, folder, prompt, new)
         columns.append([megabytes(n) for n in (weights, held(whole), held(window), peak)])
     P = whole.config.n_positions
     names = ["weights", f"cache, {P} tokens", f"cache, window of {sliding_window}", "whole process"]
     table.rows = [[name, *cells] for name, *cells in zip(names, *columns)]
     file = sum(path.stat().st_size for path in weight_files(folder))
     notes = [
-        f"{model}, float32; its file has {megabytes(file)} MB. The process, Python and libraries "
-        f"included, reads {prompt_tokens} "
-        f"tokens and writes {new_tokens}.",
+        f"{model}, float32; its file has {file / 1e6:.1f} MB. The process, Python and libraries "
+        f"included, reads {prompt} tokens and writes {new}.",
     ]
     return Record("Memory", [table], notes, environment())
 
@@ -74,7 +76,8 @@ def process(side: str, folder: Path, prompt_tokens: int, new_tokens: int) -> int
         cwd=Path(__file__).parent.parent,
     )
     if run.returncode:
-        raise OSError(f"the process for {side} failed: {run.stderr.strip().splitlines()[-1]}")
+        said = run.stderr.strip().splitlines() or [f"it ended with {run.returncode}"]
+        raise OSError(f"the process for {side} failed: {said[-1]}")
     return int(run.stdout)
 
 

@@ -32,7 +32,13 @@ LENGTH = 64  # tokens in a row; two rows
 
 
 def measure(model: str | Path, *, dtypes: Sequence[str] = tuple(TOLERANCES)) -> Record:
-    """Trace the model on both sides; `passed` if every tensor agrees within its tolerance."""
+    """Trace the model on both sides; `passed` if every tensor agrees within its tolerance.
+
+    Raises ValueError for a dtype without a tolerance, or a model that either side cannot read.
+    """
+    for dtype in dtypes:
+        if dtype not in TOLERANCES:
+            raise ValueError(f"dtype must be one of {', '.join(TOLERANCES)}, got {dtype!r}")
     folder = resolve(model)
     config = minigpt.config.read(folder)
     generator = torch.Generator().manual_seed(0)

@@ -32,7 +32,7 @@ GROUPS = {  # group -> the part of its cases that should be right
     "follow_up": 0.60,
 }
 IN_SCOPE_REFUSED = 0.08  # at most
-AGREES = 0.6  # F1 of the words from which a reply is the text: the tutor's texts share far fewer
+AGREES = 0.6  # F1 of the words, from which a reply is the text and no mixture of several
 MAX_NEW_TOKENS = 120
 
 Case = dict[str, Any]
@@ -73,7 +73,7 @@ class Judge:
         """Whether the reply is what its group asks for."""
         group, language = case["group"], case["language"]
         if group == "memory":
-            return all(word.casefold() in reply.casefold() for word in case["expect"])
+            return all(says(reply, word) for word in case["expect"])
         if group == "out_of_scope":
             return self.is_refusal(case, reply)
         if group == "style":
@@ -107,6 +107,13 @@ def read_cases(group: str, folder: Path = HELD_OUT) -> list[Case]:
     return [{**json.loads(line), "group": group} for line in lines]
 
 
+def check_groups(groups: Iterable[str]) -> None:
+    """ValueError for a group that there is not."""
+    for group in groups:
+        if group not in GROUPS:
+            raise ValueError(f"group must be one of {', '.join(GROUPS)}, got {group!r}")
+
+
 def converse(engine: Engine, case: Case) -> str:
     """Play a case through: the model speaks wherever no reply is written, and at the end."""
     messages: list[dict[str, str]] = []
@@ -121,7 +128,7 @@ def converse(engine: Engine, case: Case) -> str:
 def reply(engine: Engine, messages: Sequence[dict[str, str]]) -> str:
     """One greedy reply."""
     ids = engine.render(messages)
-    room = engine.context_length - len(ids)
+    room = max(1, engine.context_length - len(ids))
     tokens = engine.stream(
         ids,
         max_new_tokens=min(MAX_NEW_TOKENS, room),
@@ -138,10 +145,18 @@ def reply(engine: Engine, messages: Sequence[dict[str, str]]) -> str:
 def measure(
     engine: Engine, judge: Judge, groups: Iterable[str], *, limit: int | None = None
 ) -> tuple[Record, list[str]]:
-    """Every case of these groups, and the wrong ones as readable lines."""
+    """Every case of these groups, and the wrong ones as readable lines.
+
+    `limit` cases of each group in each language, or all.
+    """
     from tqdm import tqdm
 
-    cases = [case for group in groups for case in read_cases(group)[:limit]]
+    cases = [
+        case
+        for group in groups
+        for language in LANGUAGES
+        for case in [c for c in read_cases(group) if c["language"] == language][:limit]
+    ]
     failures, right, refused = [], Counter[tuple[str, str]](), Counter[tuple[str, str]]()
     total = Counter((case["group"], case["language"]) for case in cases)
     for case in tqdm(cases, unit="case", disable=None):
@@ -181,6 +196,15 @@ def bag(text: str) -> Counter[str]:
     return Counter(re.findall(r"\w+", plain))
 
 
+def says(reply: str, words: str) -> bool:
+    """Whether the words stand in the reply, in any case, but not as a part of others.
+
+    >>> says("Te llamas ANA.", "Ana"), says("Eso lo dejo para mañana.", "Ana")
+    (True, False)
+    """
+    return re.search(rf"(?<!\w){re.escape(words.casefold())}(?!\w)", reply.casefold()) is not None
+
+
 def f1(a: Counter[str], b: Counter[str]) -> float:
     """Harmonic mean of the parts of each that the other has: 1 for the same words.
 
@@ -195,11 +219,14 @@ def interval(right: int, count: int) -> str:
 
     >>> interval(9, 10)
     '60–98 %'
+    >>> interval(0, 20)
+    '0–16 %'
     """
     z, p = 1.96, right / count
     center = (p + z * z / (2 * count)) / (1 + z * z / count)
     spread = z * math.sqrt(p * (1 - p) / count + z * z / (4 * count * count)) / (1 + z * z / count)
-    return f"{100 * (center - spread):.0f}–{100 * (center + spread):.0f} %"
+    least, greatest = max(0.0, center - spread), min(1.0, center + spread)  # rounding passes them
+    return f"{100 * least:.0f}–{100 * greatest:.0f} %"
 
 
 def _percent(part: float) -> str:

@@ -9,6 +9,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from minigpt.files import write_atomically
+
 
 @dataclass
 class Table:
@@ -58,24 +60,29 @@ def write(record: Record, name: str, folder: Path) -> list[Path]:
     """Write `name`.md and `name`.json into a directory."""
     folder.mkdir(parents=True, exist_ok=True)
     page, data = folder / f"{name}.md", folder / f"{name}.json"
-    page.write_text(markdown(record), encoding="utf-8")
-    data.write_text(json.dumps(asdict(record), indent=2, ensure_ascii=False) + "\n", "utf-8")
+    text = json.dumps(asdict(record), indent=2, ensure_ascii=False, allow_nan=False)
+    write_atomically(page, markdown(record).encode())
+    write_atomically(data, (text + "\n").encode())
     return [page, data]
 
 
-def insert(record: Record, path: Path) -> None:
-    """Put the page between the markers `<!-- name -->` and `<!-- /name -->` of a document.
+def insert(record: Record, name: str, path: Path) -> None:
+    """Put the page between the markers `<!-- name -->` and `<!-- /name -->` of a document."""
+    before, after = around(name, path)
+    write_atomically(path, f"{before}\n{markdown(record)}{after}".encode())
 
-    The name is the title's first word in small letters. Raises ValueError without markers.
-    """
-    name = record.title.split()[0].lower()
-    start, end = f"<!-- {name} -->", f"<!-- /{name} -->"
+
+def around(name: str, path: Path) -> tuple[str, str]:
+    """A document up to its first marker, and from its second; ValueError if it lacks them."""
+    if not path.is_file():
+        raise ValueError(f"no document {path}")
     text = path.read_text(encoding="utf-8")
-    if start not in text or end not in text:
+    start, end = f"<!-- {name} -->", f"<!-- /{name} -->"
+    before, opened, rest = text.partition(start)
+    _, closed, after = rest.partition(end)
+    if not opened or not closed:
         raise ValueError(f"{path} must hold {start} and {end}, between which the table goes")
-    before, rest = text.split(start, 1)
-    after = rest.split(end, 1)[1]
-    path.write_text(f"{before}{start}\n{markdown(record)}{end}{after}", encoding="utf-8")
+    return before + start, end + after
 
 
 def _row(cells: Sequence[Any]) -> str:
@@ -84,5 +91,7 @@ def _row(cells: Sequence[Any]) -> str:
 
 def _cell(cell: Any) -> str:
     if isinstance(cell, float):
-        return f"{cell:.1f}" if abs(cell) >= 10 else f"{cell:.3g}"
+        return (
+            f"{cell:.3g}" if abs(cell) < 10 else f"{cell:.1f}" if abs(cell) < 100 else f"{cell:.0f}"
+        )
     return str(cell)
