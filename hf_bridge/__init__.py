@@ -7,6 +7,8 @@ Each file says what the library does and where it differs from minigpt's file of
 letters of the shapes are minigpt's. Nothing here imports minigpt, nor minigpt this.
 """
 
+import logging
+
 from hf_bridge.cache import ContextOverflow
 from hf_bridge.config import GPTConfig
 from hf_bridge.files import WeightsError
@@ -23,3 +25,6 @@ __all__ = [
     "generate",
     "stream",
 ]
+
+# It reports a missing optional kernel at every import, and each int8 product's cast to float16.
+logging.getLogger("bitsandbytes").setLevel(logging.ERROR)

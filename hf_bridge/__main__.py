@@ -3,8 +3,9 @@
 import argparse
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
-from hf_bridge.commands import add_training
+from hf_bridge.commands import add_quantize, add_training
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -55,7 +56,10 @@ def parser() -> argparse.ArgumentParser:
     trace.add_argument("--sliding-window", type=int, metavar="W", help="attend to W tokens only")
     trace.add_argument("--attention-sinks", type=int, default=0, metavar="N")
     trace.set_defaults(run=_trace)
-    for command in (generate, tokenize, trace):
+    quantize = commands.add_parser("quantize", help="write a model in 4 or 8 bits a weight")
+    add_quantize(quantize)
+    quantize.set_defaults(run=_quantize)
+    for command in (generate, tokenize, trace, quantize):
         command.add_argument("--model", required=True, help="a directory, or a hub id such as gpt2")
         command.add_argument("--debug", action="store_true", help="show the traceback of an error")
     add_training(commands)
@@ -123,6 +127,27 @@ def _trace(options: argparse.Namespace) -> None:
         pattern = seen[f"h.{layer}.attn.pattern"][0]  # (H, T, T)
         picture.draw(pattern, picture.labels(tokenizer, ids), options.output, title=title)
         print(f"wrote {options.output}", file=sys.stderr)
+
+
+def _quantize(options: argparse.Namespace) -> None:
+    import torch
+
+    from hf_bridge import GPT, quant
+    from hf_bridge.files import copy_texts, resolve, weight_files
+
+    source, output = resolve(options.model), Path(options.output)
+    if output.resolve() == source.resolve():
+        raise ValueError("--output must be another directory than --model: nothing is overwritten")
+    if options.bits == 8 and (options.double_quant or options.quant_type):
+        raise ValueError("--quant-type and --double-quant are for --bits 4")
+    dtype = getattr(torch, options.dtype) if options.dtype else None
+    model = GPT.from_pretrained(source, dtype=dtype)
+    kind = "int8" if options.bits == 8 else options.quant_type or "nf4"
+    quant.save(quant.quantize(model, kind, double_quant=options.double_quant), output)
+    copy_texts(source, output)
+    before, after = (sum(f.stat().st_size for f in weight_files(d)) for d in (source, output))
+    print(f"{source}: {before / 1e6:.1f} MB")
+    print(f"{output}: {after / 1e6:.1f} MB, {kind}, {100 * after / before:.0f} % of it")
 
 
 if __name__ == "__main__":

@@ -8,22 +8,21 @@ Twin: minigpt/files.py.  Proof: tests/test_files.py.
 
 import json
 import os
+import shutil
 from pathlib import Path
 from typing import Any
 
 from huggingface_hub import errors, snapshot_download
 
-WANTED = [
-    "config.json",
+TEXTS = [  # what stays the same when the weights change
     "generation_config.json",
-    "model*.safetensors",
-    "model.safetensors.index.json",
     "tokenizer.json",
     "tokenizer_config.json",
     "vocab.json",
     "merges.txt",
     "chat_template.jinja",
 ]
+WANTED = ["config.json", "model*.safetensors", "model.safetensors.index.json", *TEXTS]
 # Most special first: GatedRepoError is a RepositoryNotFoundError.
 SENTENCES = {
     (errors.GatedRepoError,): "{0} is gated: accept its licence on the hub and set HF_TOKEN",
@@ -96,6 +95,13 @@ def weight_files(folder: Path) -> list[Path]:
             "convert them to model.safetensors first"
         )
     raise WeightsError(f"{folder} has no weights: model.safetensors is missing")
+
+
+def copy_texts(source: Path, folder: Path) -> None:
+    """Copy tokenizer, chat template and generation settings, as far as they are there."""
+    for name in TEXTS:
+        if (source / name).is_file():
+            shutil.copyfile(source / name, folder / name)
 
 
 def read_json(path: Path) -> Any:

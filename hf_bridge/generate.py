@@ -5,7 +5,7 @@ and the last processor draws by itself and leaves only the drawn token finite: t
 one. What is asked is checked first; generate would draw one token too many for the context and
 then fail with an IndexError, and it goes on thinking after its reader has left.
 
-Before: sampler.py.  After: lora.py.  Twin: minigpt/generate.py.  Proof: tests/test_generate.py.
+Before: sampler.py.  After: quant.py.  Twin: minigpt/generate.py.  Proof: tests/test_generate.py.
 """
 
 import math

@@ -6,7 +6,7 @@ file that would load as a no-op (peft warns at most); new adapters come in eval 
 model is, else their dropout acts; the choice of q, k and v, here by a hook on B's gradient; and a
 way back from `merge_and_unload`, which adds to the base in place: it gets a copy.
 
-Before: generate.py.  After: adapters.py.  Twin: minigpt/lora.py.  Proof: tests/test_lora.py.
+Before: quant.py.  After: adapters.py.  Twin: minigpt/lora.py.  Proof: tests/test_lora.py.
 """
 
 import copy

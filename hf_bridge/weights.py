@@ -8,7 +8,7 @@ dtype that config.json names, whole numbers too. Of old files' buffers it knows 
 Before: model.py.  After: sampler.py.  Twin: minigpt/weights.py.  Proof: tests/test_weights.py.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -19,7 +19,7 @@ from transformers.generation import GenerationConfig
 from transformers.utils import logging
 
 from hf_bridge import config as config_step
-from hf_bridge.files import WeightsError, resolve, weight_files
+from hf_bridge.files import WeightsError, read_json, resolve, weight_files
 from hf_bridge.model import GPT
 
 
@@ -32,10 +32,14 @@ def load(
     """A model ready for inference; WeightsError for files that are missing, damaged or foreign."""
     folder = resolve(name_or_path)
     config = config_step.read(folder)
+    if "quantization_config" in read_json(folder / "config.json"):
+        from hf_bridge import quant  # step 10 reads codes in place of weights
+
+        return quant.load(folder, dtype=dtype, device=device)
     files = weight_files(folder)
     try:
         whole = [name for path in files for name in _whole_numbers(path)]
-        with _quiet():
+        with quiet():
             hf, report = GPT2LMHeadModel.from_pretrained(
                 folder,
                 config=config,
@@ -47,8 +51,8 @@ def load(
                 output_loading_info=True,
             )
     except SafetensorError as error:
-        raise WeightsError(_diagnose(files, error)) from error
-    _check(folder, report, whole)
+        raise WeightsError(diagnose(files, error)) from error
+    check_report(folder, report, whole)
     with torch.device("meta"):
         model = GPT(config)
     model.hf = hf.to(device)
@@ -71,13 +75,13 @@ def save(model: GPT, folder: str | Path) -> None:
         )
     model.hf.generation_config = GenerationConfig.from_model_config(model.config)
     try:
-        with _quiet():
+        with quiet():
             model.hf.save_pretrained(folder)
     finally:
         model.hf.generation_config = GenerationConfig()
 
 
-def _check(folder: Path, report: dict, whole_numbers: list[str]) -> None:
+def check_report(folder: Path, report: dict, whole_numbers: Sequence[str] = ()) -> None:
     """Raise WeightsError, naming up to three tensors, if anything was left over or out."""
     unknown = [n for n in report["unexpected_keys"] if not n.endswith(".attn.masked_bias")]
     shapes = [
@@ -107,7 +111,7 @@ def _ours(name: str) -> str:
     return name.removeprefix("transformer.")
 
 
-def _diagnose(files: list[Path], error: SafetensorError) -> str:
+def diagnose(files: list[Path], error: Exception) -> str:
     """Which file it was, and what it is instead; transformers names none."""
     for path in files:
         head = path.open("rb").read(64)
@@ -119,7 +123,7 @@ def _diagnose(files: list[Path], error: SafetensorError) -> str:
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """No progress bar, no printed table; the settings are put back afterwards."""
     level, bar = logging.get_verbosity(), logging.is_progress_bar_enabled()
     logging.set_verbosity_error()

@@ -6,7 +6,7 @@ Letters, everywhere in this repository:
     V vocabulary   P longest context   R LoRA rank   W sliding window
 
 Read in this order: config, tokenizer, mask, attention, cache, model, weights, sampler, generate,
-lora, adapters, data, train, metrics, trace, engine.
+quant, lora, adapters, data, train, metrics, trace, engine.
 
 Beside the steps: files (where a model is and how it is written), __main__ (the command line).
 """

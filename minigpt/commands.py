@@ -1,4 +1,4 @@
-"""Beside steps 13 to 15: the flags of train, finetune and eval; what they do is in training.py.
+"""Beside steps 10 and 13 to 15: the flags of quantize, train, finetune and eval.
 
 Twin: hf_bridge/commands.py.  Proof: tests/test_training.py.
 """
@@ -53,6 +53,19 @@ def add_training(commands: Any) -> None:
     command.add_argument("--seed", type=int, default=0, help="of the texts it writes")
     command.add_argument("--debug", action="store_true", help="show the traceback of an error")
     command.set_defaults(run=_eval)
+
+
+def add_quantize(command: argparse.ArgumentParser) -> None:
+    """The flags of quantize, beside --model."""
+    command.add_argument("--bits", type=int, choices=(4, 8), required=True, help="a weight")
+    command.add_argument("--quant-type", choices=("nf4", "fp4"), help="of 4 bits (nf4)")
+    command.add_argument("--double-quant", action="store_true", help="4 bits: the scales in 8 bits")
+    command.add_argument(
+        "--dtype",
+        choices=("float32", "float16", "bfloat16"),
+        help="of the weights before, and of what stays floats (the file's)",
+    )
+    command.add_argument("--output", required=True, metavar="DIR", help="the directory to write")
 
 
 def _add_run(command: argparse.ArgumentParser, *, learning_rate: float, epochs: int) -> None:

@@ -9,6 +9,7 @@ Twin: hf_bridge/files.py.  Proof: tests/test_files.py.
 
 import json
 import os
+import shutil
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -17,17 +18,15 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from torch import Tensor
 
-WANTED = [
-    "config.json",
+TEXTS = [  # what stays the same when the weights change
     "generation_config.json",
-    "model*.safetensors",
-    "model.safetensors.index.json",
     "tokenizer.json",
     "tokenizer_config.json",
     "vocab.json",
     "merges.txt",
     "chat_template.jinja",
 ]
+WANTED = ["config.json", "model*.safetensors", "model.safetensors.index.json", *TEXTS]
 
 
 class WeightsError(ValueError):
@@ -73,6 +72,13 @@ def weight_files(folder: Path) -> list[Path]:
             "convert them to model.safetensors first"
         )
     raise WeightsError(f"{folder} has no weights: model.safetensors is missing")
+
+
+def copy_texts(source: Path, folder: Path) -> None:
+    """Copy tokenizer, chat template and generation settings, as far as they are there."""
+    for name in TEXTS:
+        if (source / name).is_file():
+            shutil.copyfile(source / name, folder / name)
 
 
 def read_json(path: Path) -> Any:

@@ -3,7 +3,7 @@
     prefill   the whole prompt at once, its keys and values into the cache
     decode    the newest token alone, again and again, each reading the cache
 
-Before: sampler.py.  After: lora.py.  Twin: hf_bridge/generate.py.  Proof: tests/test_generate.py.
+Before: sampler.py.  After: quant.py.  Twin: hf_bridge/generate.py.  Proof: tests/test_generate.py.
 """
 
 from collections.abc import Iterator

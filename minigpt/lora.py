@@ -5,7 +5,7 @@
 low_rank.py computes this; here a model's layers are wrapped in it, and unwrapped. Several adapters
 may be loaded, under names, and one of them, or none, is active.
 
-Before: generate.py.  After: adapters.py.  Twin: hf_bridge/lora.py.  Proof: tests/test_lora.py.
+Before: quant.py.  After: adapters.py.  Twin: hf_bridge/lora.py.  Proof: tests/test_lora.py.
 """
 
 from collections.abc import Iterable

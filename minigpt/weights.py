@@ -15,13 +15,19 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from minigpt import config as config_step
-from minigpt.files import WeightsError, resolve, save_tensors, weight_files, write_json
+from minigpt.config import GPTConfig
+from minigpt.files import (
+    WeightsError,
+    read_json,
+    resolve,
+    save_tensors,
+    weight_files,
+    write_json,
+)
 from minigpt.model import GPT
 
-BUFFERS = (
-    ".attn.bias",
-    ".attn.masked_bias",
-)  # old files carry the mask; `attn.c_attn.bias` is not one of them
+# Old files carry the mask; `attn.c_attn.bias` is not one of them.
+BUFFERS = (".attn.bias", ".attn.masked_bias")
 HEAD = "lm_head.weight"
 PREFIX = "transformer."
 
@@ -40,19 +46,28 @@ def load(
     """
     folder = resolve(name_or_path)
     config = config_step.read(folder)
+    if "quantization_config" in read_json(folder / "config.json"):
+        from minigpt import quant  # step 10 reads codes in place of weights
+
+        return quant.load(folder, dtype=dtype, device=device)
     tensors = read_tensors(folder, dtype=dtype, device=device)
-    head = tensors.pop(HEAD, None)
-    if config.tie_word_embeddings and head is not None:
-        wte = tensors.get("wte.weight")
-        if wte is None or not torch.equal(head, wte):  # a head of its own, whatever the config says
-            config = dataclasses.replace(config, tie_word_embeddings=False)
-    if not config.tie_word_embeddings and head is not None:
-        tensors[HEAD] = head
+    config = untie(config, tensors)
     with torch.device("meta"):
         model = GPT(config)
     check_tensors(model, tensors, folder)
     model.load_state_dict(tensors, assign=True)
     return model.eval()
+
+
+def untie(config: GPTConfig, tensors: dict[str, Tensor]) -> GPTConfig:
+    """Drop a head that is the embedding; where it is another, the config says so from now on."""
+    head, wte = tensors.get(HEAD), tensors.get("wte.weight")
+    if head is None or not config.tie_word_embeddings:
+        return config
+    if wte is None or not torch.equal(head, wte):
+        return dataclasses.replace(config, tie_word_embeddings=False)
+    del tensors[HEAD]
+    return config
 
 
 def read_tensors(
