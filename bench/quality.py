@@ -1,28 +1,24 @@
 """How well the tutor answers wordings that it was never shown: python -m bench quality.
 
-The cases in tests/held_out were written by another hand than the dialogues. A reply belongs to the
-topic whose written text it shares most words with (F1 of the words), and counts only if that is the
+The cases are in tests/held_out; held_out.py says which of them count. A reply belongs to the topic
+whose written text it shares most words with (F1 of the words), and is right only if that is the
 expected topic and the texts agree well. Nothing is looked up for the model: it generates, greedily.
 
 Proof: tests/test_bench.py.
 """
 
-import json
 import math
 import re
-import unicodedata
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
 
 from bench.environment import environment
+from bench.held_out import Case, Seen, read_cases, words_of
 from bench.report import Record, Table
 from chatbot.engines import Engine
 from chatbot.tutor.corpus import FOLLOW_UPS, LANGUAGES, Dialogues
 
-HELD_OUT = Path(__file__).parent.parent / "tests" / "held_out"
 GROUPS = {  # group -> the part of its cases that should be right
     "named": 0.85,
     "unnamed": 0.50,
@@ -34,8 +30,6 @@ GROUPS = {  # group -> the part of its cases that should be right
 IN_SCOPE_REFUSED = 0.08  # at most
 AGREES = 0.6  # F1 of the words, from which a reply is the text and no mixture of several
 MAX_NEW_TOKENS = 120
-
-Case = dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -101,12 +95,6 @@ class Judge:
             yield Text(name, style, bag(pattern.format(**kinds)))
 
 
-def read_cases(group: str, folder: Path = HELD_OUT) -> list[Case]:
-    """The cases of a group: id, language, messages, and what is expected."""
-    lines = (folder / f"{group}.jsonl").read_text(encoding="utf-8").splitlines()
-    return [{**json.loads(line), "group": group} for line in lines]
-
-
 def check_groups(groups: Iterable[str]) -> None:
     """ValueError for a group that there is not."""
     for group in groups:
@@ -151,12 +139,7 @@ def measure(
     """
     from tqdm import tqdm
 
-    cases = [
-        case
-        for group in groups
-        for language in LANGUAGES
-        for case in [c for c in read_cases(group) if c["language"] == language][:limit]
-    ]
+    cases, notes = unseen(groups, limit)
     failures, right, refused = [], Counter[tuple[str, str]](), Counter[tuple[str, str]]()
     total = Counter((case["group"], case["language"]) for case in cases)
     for case in tqdm(cases, unit="case", disable=None):
@@ -182,7 +165,22 @@ def measure(
             aim_text = f"<= {_percent(IN_SCOPE_REFUSED)}"
             table.rows.append([*row, interval(wrong, count), aim_text, met])
     title = "Quality on held-out wordings"
-    return Record(title, [table], environment=environment()), failures
+    return Record(title, [table], notes, environment()), failures
+
+
+def unseen(groups: Iterable[str], limit: int | None = None) -> tuple[list[Case], list[str]]:
+    """The cases that count, `limit` of each group and language, and a note on those left out."""
+    seen, cases, left_out = Seen.read(), [], Counter[str]()
+    for group in groups:
+        for language in LANGUAGES:
+            written = [case for case in read_cases(group) if case["language"] == language]
+            counting = [case for case in written if not seen.any_of(case)]
+            left_out[group] += len(written) - len(counting)
+            cases += counting[:limit]
+    found = ", ".join(f"{count} of {group}" for group, count in left_out.items() if count)
+    if not found:
+        return cases, []
+    return cases, [f"Left out, since a wording of theirs is in the dialogues too: {found}."]
 
 
 def bag(text: str) -> Counter[str]:
@@ -191,9 +189,7 @@ def bag(text: str) -> Counter[str]:
     >>> sorted(bag("La atención, la ATENCION").items())
     [('atencion', 2), ('la', 2)]
     """
-    letters = unicodedata.normalize("NFD", text.casefold())
-    plain = "".join(c for c in letters if not unicodedata.combining(c))
-    return Counter(re.findall(r"\w+", plain))
+    return Counter(words_of(text))
 
 
 def says(reply: str, words: str) -> bool:

@@ -1,0 +1,89 @@
+"""The cases that measure the tutor, and whether it was in fact never shown their wordings.
+
+They were written by another hand than the dialogues. Yet "why?" occurs to everybody: a case counts
+only if none of its user messages is a line of the training files, whatever case, accents and signs,
+and none is a line with something in its {hole}: another line of these files, or, in {value} and
+{text}, where the training data invent names, any word or two.
+
+Proof: tests/test_tutor.py.
+"""
+
+import json
+import re
+import unicodedata
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from chatbot.engines import TUTOR
+
+FOLDER = Path(__file__).parent.parent / "tests" / "held_out"
+DIALOGUES = TUTOR / "dialogues"
+LONGEST, LONGEST_INVENTED = 6, 2  # words in a hole
+HOLE = "_"
+
+Case = dict[str, Any]
+
+
+def read_cases(group: str, folder: Path = FOLDER) -> list[Case]:
+    """The cases of a group: id, language, messages, and what is expected."""
+    lines = (folder / f"{group}.jsonl").read_text(encoding="utf-8").splitlines()
+    return [{**json.loads(line), "group": group} for line in lines]
+
+
+def words_of(text: str) -> list[str]:
+    """The words of a text, without case, accents and signs.
+
+    >>> words_of("¿La ATENCIÓN?")
+    ['la', 'atencion']
+    """
+    letters = unicodedata.normalize("NFD", text.casefold())
+    return re.findall(r"\w+", "".join(c for c in letters if not unicodedata.combining(c)))
+
+
+class Seen:
+    """The wordings that training can show: the files' lines, and what stands in their holes.
+
+    >>> seen = Seen(["¿Qué es {term}?", "LoRA", "Me llamo {value}."])
+    >>> [seen.holds(text) for text in ("que es lora", "me llamo Zimar", "¿Qué es Zimar?", "lo")]
+    [True, True, False, False]
+    """
+
+    def __init__(self, lines: Iterable[str]):
+        self.lines: set[str] = set()
+        self.frames: dict[str, bool] = {}  # a line with its hole, and whether names are invented
+        for line in lines:
+            text, holes = re.subn(r"\{(term|thing|value|text)\}", f" {HOLE} ", line)
+            words = " ".join(words_of(text))
+            if not holes:
+                self.lines.add(words)
+            elif words != HOLE:  # a hole alone says nothing
+                self.frames[words] = "{value}" in line or "{text}" in line
+
+    @classmethod
+    def read(cls, folder: Path = DIALOGUES) -> "Seen":
+        """All lines of a directory's text files but the headings."""
+        lines = (
+            line
+            for path in sorted(folder.rglob("*.txt"))
+            for line in path.read_text(encoding="utf-8").splitlines()
+        )
+        return cls(line for line in lines if not line.startswith(("# ", "[")))
+
+    def holds(self, text: str) -> bool:
+        """Whether training can show this wording."""
+        words = words_of(text)
+        if " ".join(words) in self.lines:
+            return True
+        for start in range(len(words)):
+            for end in range(start + 1, min(start + LONGEST, len(words)) + 1):
+                frame = " ".join([*words[:start], HOLE, *words[end:]])
+                known = " ".join(words[start:end]) in self.lines
+                invented = self.frames.get(frame, False) and end - start <= LONGEST_INVENTED
+                if frame in self.frames and (known or invented):
+                    return True
+        return False
+
+    def any_of(self, case: Case) -> bool:
+        """Whether training can show one of the case's user messages."""
+        return any(self.holds(m["content"]) for m in case["messages"] if m["role"] == "user")

@@ -1,0 +1,300 @@
+"""The tutor's data and its model: what it learned from, what it never saw, and what it is."""
+
+import hashlib
+import json
+import re
+from pathlib import Path
+from random import Random
+
+import pytest
+import torch
+from safetensors import safe_open
+from transformers import AutoTokenizer, GPT2LMHeadModel
+
+from bench.held_out import DIALOGUES, FOLDER, Seen, read_cases, words_of
+from bench.quality import GROUPS, unseen
+from chatbot.engines import TUTOR, open_engine
+from chatbot.tutor.corpus import (
+    CHAT_TEMPLATE,
+    FOLLOW_UPS,
+    LANGUAGES,
+    SPECIAL_TOKENS,
+    Conversations,
+    Rows,
+    read,
+)
+from minigpt import Tokenizer
+
+# Whoever changes a held-out file changes what the tutor's scores mean: not by accident.
+HELD_OUT = {
+    "follow_up": "0bcdeb108c0154967488eee81c544fd5d90ed21f14a7bed44a8f8fd457883b79",
+    "memory": "cb50eb81bed1cb1ffa0de72cf1f4349cfe94b28ae1696c194b74639e82e93bed",
+    "named": "6c15f04197610ba30540c41eec41438dc4bd23e9cccaf7028521f472aff882cc",
+    "out_of_scope": "819ccf93d5144c1fa19463994b233d7aa9aac81ad99bddac367897fdf7875458",
+    "style": "2a5b780536da9cc1230ccba6730409fcb83f4efd696c866860b3fce609a50a10",
+    "unnamed": "befc7efa3d39ea68820515e9cf70fc21c272936913fcf7a41ecb7faf9e155221",
+}
+SECTIONS = ("terms", "answer", "short", "why", "example", "named", "unnamed")
+
+DATA = read()
+TALK = Conversations(DATA)
+
+
+@pytest.fixture(scope="module")
+def trained() -> Tokenizer:
+    return Tokenizer.from_pretrained(TUTOR)
+
+
+def lines() -> list[str]:
+    """Every line of every training file."""
+    files = sorted(DIALOGUES.rglob("*.txt"))
+    return [line for path in files for line in path.read_text("utf-8").splitlines()]
+
+
+# --- the dialogues ------------------------------------------------------------------------------
+
+
+def test_every_topic_has_all_its_sections_in_both_languages() -> None:
+    assert len(DATA.topics) >= 120
+    for name, topic in DATA.topics.items():
+        assert set(topic) >= {f"{language} {s}" for language in LANGUAGES for s in SECTIONS}, name
+        for section, found in topic.items():
+            assert found and all(line.strip() == line for line in found), (name, section)
+            one = section.split()[1] in ("answer", *FOLLOW_UPS)
+            assert len(found) == 1 if one else len(found) > 1 or "terms" in section, (name, section)
+
+
+def test_no_two_topics_have_the_same_answer() -> None:
+    for language in LANGUAGES:
+        answers = [tuple(words_of(t[f"{language} answer"][0])) for t in DATA.topics.values()]
+        assert len(set(answers)) == len(answers)
+
+
+def test_a_blank_line_is_refused_with_its_place(tmp_path: Path) -> None:
+    (tmp_path / "topics").mkdir()
+    (tmp_path / "topics" / "a.txt").write_text("# a\n[es answer]\nUna.\n\n[en answer]\nOne.\n")
+    with pytest.raises(ValueError, match=r"a\.txt:4 is blank: each line must be a heading or an"):
+        read(tmp_path)
+
+
+def test_the_same_seed_gives_the_same_conversation() -> None:
+    for seed in range(20):
+        one, other = (Conversations(read()).messages(Random(seed), turns=5) for _ in range(2))
+        assert one == other
+    talks = {json.dumps(TALK.messages(Random(seed), turns=2)) for seed in range(200)}
+    assert len(talks) > 190
+
+
+def test_a_conversation_alternates_and_leaves_no_hole() -> None:
+    for seed in range(300):
+        messages = TALK.messages(Random(seed), turns=4)
+        roles = [message["role"] for message in messages]
+        if roles[0] == "system":
+            del roles[0]
+        assert roles == ["user", "assistant"] * 4
+        for message in messages:
+            assert message["content"].strip()
+            assert not re.search(r"\{\w+\}", message["content"]), message
+
+
+def test_replies_are_written_texts_and_both_languages_are_spoken() -> None:
+    written = {" ".join(words_of(line)) for line in lines()}
+    replies = [
+        message["content"]
+        for seed in range(300)
+        for message in TALK.messages(Random(seed), turns=4)
+        if message["role"] == "assistant"
+    ]
+    known = [reply for reply in replies if " ".join(words_of(reply)) in written]
+    assert len(known) > len(replies) / 2  # the others hold a name, or a manner
+    for language in LANGUAGES:
+        answers = {topic[f"{language} answer"][0] for topic in DATA.topics.values()}
+        assert len(answers.intersection(replies)) > 20
+
+
+def test_invented_names_vary() -> None:
+    """A name that is copied in a reply can only be copied: there are too many to know them."""
+    acknowledged = re.compile(
+        "|".join(
+            re.escape(line).replace(r"\{value\}", "(.+)")
+            for language in LANGUAGES
+            for line in DATA.memory["name"][f"{language} ack"]
+        )
+    )
+    names, told = set(), 0
+    for seed in range(1500):
+        for message in TALK.messages(Random(seed), turns=3):
+            if message["role"] == "assistant" and (m := acknowledged.fullmatch(message["content"])):
+                told += 1
+                names.add(next(filter(None, m.groups())).casefold())
+    assert told > 100
+    assert len(names) > told / 2
+
+
+# --- what was held out --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("group", GROUPS)
+def test_held_out_cases_are_frozen(group: str) -> None:
+    content = (FOLDER / f"{group}.jsonl").read_bytes()
+    assert hashlib.sha256(content).hexdigest() == HELD_OUT[group]
+
+
+@pytest.mark.parametrize("group", GROUPS)
+def test_held_out_cases_are_well_formed(group: str) -> None:
+    cases = read_cases(group)
+    assert len(cases) >= 100
+    assert len({c["id"] for c in cases}) == len(cases)
+    for language in LANGUAGES:
+        assert sum(c["language"] == language for c in cases) * 2 == len(cases)
+    for c in cases:
+        roles = [m["role"] for m in c["messages"]]
+        assert roles[-1] == "user", c["id"]
+        assert ("system" in roles) == (group == "style"), c["id"]
+        for m in c["messages"]:
+            assert m["content"] is None if m["role"] == "assistant" else m["content"], c["id"]
+        if group == "memory":
+            assert c["expect"] and all(c["expect"]), c["id"]
+        elif group != "out_of_scope":
+            assert c["topic"] in DATA.topics, c["id"]
+        if group == "style":
+            assert c["style"] in DATA.styles, c["id"]
+        if group == "follow_up":
+            assert c["kind"] in FOLLOW_UPS, c["id"]
+
+
+def test_no_wording_that_counts_is_in_a_training_file() -> None:
+    training = Seen.read()
+    cases, _ = unseen(GROUPS)
+    for case in cases:
+        assert not training.any_of(case), case["id"]
+    told = {" ".join(words_of(line)) for line in lines()}  # the same without the class
+    for case in cases:
+        for message in case["messages"]:
+            if message["role"] == "user":
+                assert " ".join(words_of(message["content"])) not in told, case["id"]
+
+
+def test_enough_cases_count_in_every_group_and_language() -> None:
+    cases, notes = unseen(GROUPS)
+    assert len(cases) >= 200
+    for group in GROUPS:
+        for language in LANGUAGES:
+            count = sum((c["group"], c["language"]) == (group, language) for c in cases)
+            assert count >= 20, (group, language)
+    left_out = sum(len(read_cases(group)) for group in GROUPS) - len(cases)
+    assert sum(map(int, re.findall(r"(\d+) of", " ".join(notes)))) == left_out
+
+
+def test_no_question_about_a_topic_was_shown() -> None:
+    training = Seen.read()
+    for group in ("named", "unnamed"):
+        assert not [c["id"] for c in read_cases(group) if training.any_of(c)]
+
+
+def test_a_wording_that_was_shown_is_noticed_in_any_dress(tmp_path: Path) -> None:
+    (tmp_path / "topics").mkdir()
+    (tmp_path / "topics" / "a.txt").write_text("# a\n[es named]\n¿Dónde está la atención?\n")
+    (tmp_path / "b.txt").write_text("[es x]\nExplica {term}\nSoy {value}.\nLa caché KV\n{value}\n")
+    seen = Seen.read(tmp_path)
+    for text in ("DONDE ESTA LA ATENCION", "explica la cache kv!", "Soy Zimar", "soy Ana Paz"):
+        assert seen.holds(text), text
+    for text in ("¿Dónde está?", "explica la poesía", "Soy quien te lo pregunta", "a", "Zimar"):
+        assert not seen.holds(text), text
+
+
+# --- rows of tokens -----------------------------------------------------------------------------
+
+
+def test_the_tokenizer_gives_back_every_line(trained: Tokenizer) -> None:
+    for line in lines():
+        assert trained.decode(trained.encode(line)) == line
+
+
+def test_only_replies_are_learned(trained: Tokenizer) -> None:
+    rows = Rows(TALK, trained, seed=0)
+    user, assistant, eos = (
+        trained.special_tokens[name] for name in ("<|user|>", "<|assistant|>", "<|endoftext|>")
+    )
+    for length in (64, 256):
+        for seed in range(30):
+            ids, labels = rows.row(Random(seed), length)
+            assert len(ids) == len(labels) == length
+            assert user in ids and assistant in ids
+            speaker = None
+            for token, label in zip(ids, labels, strict=True):
+                if token in trained.special_tokens.values() and token != eos:
+                    speaker, learned = token, False  # the mark itself is given
+                else:
+                    learned = speaker == assistant
+                assert label == (token if learned else -100)
+
+
+def test_a_row_is_a_conversation_by_the_chat_template(trained: Tokenizer) -> None:
+    engine = open_engine("minigpt", TUTOR)
+    rows = Rows(TALK, trained, seed=0)
+    for seed in range(20):
+        ids, _ = rows.row(Random(seed), 256)
+        whole, end, _ = trained.decode(ids).rpartition("<|endoftext|>")  # the last may be cut
+        parts = re.findall(r"<\|(\w+)\|>(.*?)(?:<\|endoftext\|>|$)", whole)
+        messages = [{"role": role, "content": content} for role, content in parts]
+        assert len(messages) >= 2
+        assert trained.decode(engine.render(messages)) == whole + end + "<|assistant|>"
+
+
+def test_a_step_always_has_the_same_batch(trained: Tokenizer) -> None:
+    batches = [Rows(Conversations(read()), trained, seed=3).batch(7) for _ in range(2)]
+    assert batches[0] == batches[1]
+    assert Rows(TALK, trained, seed=4).batch(7) != batches[0]
+    assert Rows(TALK, trained, seed=3).batch(8) != batches[0]
+    ids, labels = batches[0]
+    assert len({len(row) for row in [*ids, *labels]}) == 1 and len(ids) == len(labels)
+
+
+# --- the model ----------------------------------------------------------------------------------
+
+
+def test_the_file_is_small_and_in_float16() -> None:
+    file = TUTOR / "model.safetensors"
+    assert file.stat().st_size <= 12e6
+    with safe_open(file, framework="pt") as tensors:
+        assert {tensors.get_tensor(name).dtype for name in tensors.keys()} == {torch.float16}  # noqa: SIM118
+    assert json.loads((TUTOR / "config.json").read_text())["dtype"] == "float16"
+
+
+def test_its_directory_is_what_the_corpus_says(trained: Tokenizer) -> None:
+    assert trained.chat_template == CHAT_TEMPLATE
+    assert set(trained.special_tokens) == set(SPECIAL_TOKENS)
+    config = json.loads((TUTOR / "config.json").read_text())
+    assert config["vocab_size"] == len(trained)
+    assert config["eos_token_id"] == trained.eos_token_id
+
+
+@pytest.mark.parametrize("prompt", ["¿Qué es la atención?", "What is LoRA?", "Hola, me llamo Ana."])
+def test_both_sides_reply_the_same(prompt: str) -> None:
+    """Ours, the bridge's engine, and transformers alone with its own chat template."""
+    messages = [{"role": "user", "content": prompt}]
+    replies = []
+    for name in ("minigpt", "hf"):
+        engine = open_engine(name, TUTOR)
+        ids = engine.render(messages)
+        options = {"top_k": 0, "top_p": 1.0, "min_p": 0.0, "repetition_penalty": 1.0, "seed": None}
+        replies.append(list(engine.stream(ids, max_new_tokens=40, temperature=0, **options)))
+    tokenizer = AutoTokenizer.from_pretrained(TUTOR)
+    model = GPT2LMHeadModel.from_pretrained(TUTOR, dtype=torch.float32)
+    given = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_tensors="pt")
+    assert given["input_ids"][0].tolist() == ids
+    out = model.generate(**given, max_new_tokens=40, do_sample=False)
+    alone = out[0, len(ids) :].tolist()
+    if alone[-1] == tokenizer.eos_token_id:
+        alone.pop()
+    assert replies[0] == replies[1] == alone
+    assert tokenizer.decode(alone).strip()
+
+
+def test_the_model_card_shows_its_quality() -> None:
+    card = (TUTOR / "README.md").read_text("utf-8")
+    assert 0 < card.index("<!-- quality -->") < card.index("<!-- /quality -->")
+    topics = re.search(r"(\d+) topics", card)
+    assert topics and int(topics[1]) == len(DATA.topics)
+    assert (TUTOR / "loss.png").is_file()
