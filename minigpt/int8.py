@@ -10,6 +10,8 @@ The order of operations and the constants are bitsandbytes', so that every code 
 Used by: quant.py.  Proof: tests/test_quant.py.
 """
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -42,10 +44,10 @@ def linear(
 
     A threshold of 0 takes no column for an outlier.
     """
-    outliers = torch.zeros(x.shape[1], dtype=torch.bool, device=x.device)
-    if threshold > 0:
-        outliers = (x.half().abs() >= threshold).any(dim=0)  # (K,)
-    x_codes, x_absmax = quantize_rows(x.masked_fill(outliers, 0))
+    large = x.half().abs() >= (threshold or math.inf)
+    outliers = large.any(dim=0)  # (K,)
+    x_codes, x_absmax = quantize_rows(x.masked_fill(large, 0))
+    x_codes = x_codes.masked_fill(outliers, 0)  # an outlier column's small numbers did count
     out = multiply(x_codes, codes) * (x_absmax[:, None] * absmax) * STEP  # (M, N), float32
     if bias is not None:
         out = out + bias

@@ -93,16 +93,19 @@ class Linear4bit(Quantized):
         )
 
     def dequantize(self) -> Tensor:
+        return self._values().to(self.dtype)
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight, bias = self._values().to(self.compute_dtype), self.bias.to(self.compute_dtype)
+        return F.linear(x.to(self.compute_dtype), weight, bias).to(x.dtype)
+
+    def _values(self) -> Tensor:
+        """What the codes stand for, in float32: (out, in)."""
         absmax = self.absmax
         if self.nested_absmax is not None and self.nested_offset is not None:
             absmax = blockwise.dequantize_absmax(absmax, self.nested_absmax, self.nested_offset)
         shape = torch.Size((self.out_features, self.in_features))
-        values = blockwise.dequantize_4bit(self.weight, absmax, shape, self.kind, self.block_size)
-        return values.to(self.dtype)
-
-    def forward(self, x: Tensor) -> Tensor:
-        weight, bias = self.dequantize().to(self.compute_dtype), self.bias.to(self.compute_dtype)
-        return F.linear(x.to(self.compute_dtype), weight, bias).to(x.dtype)
+        return blockwise.dequantize_4bit(self.weight, absmax, shape, self.kind, self.block_size)
 
 
 class Linear8bit(Quantized):

@@ -9,6 +9,7 @@ os.environ |= {
     "TRANSFORMERS_VERBOSITY": "error",
     "GRADIO_ANALYTICS_ENABLED": "False",
     "TOKENIZERS_PARALLELISM": "false",
+    "TORCHDYNAMO_DISABLE": "1",  # bitsandbytes compiles its fallbacks, for a minute
 }
 
 from pathlib import Path
