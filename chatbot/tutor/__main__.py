@@ -38,7 +38,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     tokenizer.chat_template = corpus.CHAT_TEMPLATE
     model = new_model(tokenizer, options.seed).to(options.device)
     conversations = corpus.Conversations(dialogues)
-    rows = corpus.Rows(conversations, tokenizer, seed=options.seed)
+    rows = corpus.Rows(conversations, tokenizer, seed=options.seed, steps=options.steps)
     others = corpus.Rows(conversations, tokenizer, seed=options.seed + 1)
     config = TrainConfig(
         max_steps=options.steps,

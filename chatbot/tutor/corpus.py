@@ -8,6 +8,7 @@ greeting may stand before it, and words are sometimes cut into other pieces than
 dropout, Provilkova et al. 2020).
 """
 
+import math
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -102,25 +103,29 @@ class Conversations:
             messages.append(next(stream))
         return messages
 
-    def conversation(self, random: Random) -> Iterator[Message]:
-        """The messages of one conversation, which never ends."""
+    def conversation(
+        self, random: Random, *, personal: float = 0.35, styled: float = 0.3
+    ) -> Iterator[Message]:
+        """The messages of one conversation, which never ends.
+
+        Parts of all conversations are `personal`, about the user more than about topics, and
+        `styled` by a system prompt.
+        """
         state = _State(language=random.choice(LANGUAGES))
-        style = self._style(random)
+        style = self._style(random) if random.random() >= 1 - styled else None
         if style is not None:
             prompts = self.dialogues.styles[style][f"{state.language} system"]
             prompt = thin(random, random.choice(prompts))
             yield {"role": "system", "content": relax(random, prompt, 0.3)}
-        personal = random.random() < 0.35  # a conversation about the user more than about topics
+        about_user = random.random() < personal
         while True:
             if random.random() < 0.04:
                 state.language = random.choice(LANGUAGES)
-            user, reply = self._turn(random, state, style or "plain", personal)
+            user, reply = self._turn(random, state, style or "plain", about_user)
             yield {"role": "user", "content": user}
             yield {"role": "assistant", "content": reply}
 
-    def _style(self, random: Random) -> str | None:
-        if random.random() < 0.7:
-            return None
+    def _style(self, random: Random) -> str:
         return random.choice(["pirate", "brief", "formal", "child", "plain"])
 
     def _turn(self, random: Random, state: "_State", style: str, personal: bool) -> tuple[str, str]:
@@ -250,33 +255,63 @@ class _State:
         self.language, self.topic, self.facts = language, None, {}
 
 
+@dataclass(frozen=True)
+class Phase:
+    """A part of the training, up to `end` of its steps: how long its rows are, and about what."""
+
+    end: float
+    shapes: tuple[tuple[int, int, float], ...]  # tokens a row, rows a batch, how often
+    personal: float
+    styled: float
+
+
+# First to tell topics apart, the hardest thing: most rows end soon after the tutor has decided what
+# it was asked. Then to converse: memory, styles and follow-ups, at all positions of the context.
+PHASES = (
+    Phase(
+        end=0.55,
+        shapes=((32, 128, 0.30), (64, 64, 0.22), (128, 32, 0.25), (256, 16, 0.17), (512, 8, 0.06)),
+        personal=0.35,
+        styled=0.3,
+    ),
+    Phase(
+        end=math.inf,
+        shapes=((64, 64, 0.25), (128, 32, 0.40), (256, 16, 0.25), (512, 8, 0.10)),
+        personal=0.45,
+        styled=0.4,
+    ),
+)
+
+
 class Rows:
     """Rows of token ids, cut from conversations: step -> a batch, always the same one."""
 
-    # Tokens a row, rows a batch, how often. The shortest end soon after the tutor has decided what
-    # it was asked, the hardest thing to learn; the longest teach all positions of its context.
-    SHAPES = ((32, 128, 0.30), (64, 64, 0.22), (128, 32, 0.25), (256, 16, 0.17), (512, 8, 0.06))
-
-    def __init__(self, conversations: Conversations, tokenizer: Tokenizer, *, seed: int):
+    def __init__(
+        self, conversations: Conversations, tokenizer: Tokenizer, *, seed: int, steps: int = 10000
+    ):
         self.conversations = conversations
         self.tokenizer = tokenizer
         self.seed = seed
+        self.steps = steps
         self._rank = {pair: rank for rank, pair in enumerate(tokenizer.merges)}
 
     def batch(self, step: int) -> tuple[list[list[int]], list[list[int]]]:
         """Rows of ids and of labels, -100 where the user or the system speaks."""
         random = Random(f"{self.seed} {step}")
-        shares = [share for *_, share in self.SHAPES]
-        length, rows, _ = random.choices(self.SHAPES, shares)[0]
-        pairs = [self.row(random, length) for _ in range(rows)]
+        phase = next(phase for phase in PHASES if step < phase.end * self.steps)
+        shares = [share for *_, share in phase.shapes]
+        length, rows, _ = random.choices(phase.shapes, shares)[0]
+        pairs = [self.row(random, length, phase) for _ in range(rows)]
         return [ids for ids, _ in pairs], [labels for _, labels in pairs]
 
-    def row(self, random: Random, length: int) -> tuple[list[int], list[int]]:
+    def row(self, random: Random, length: int, phase: "Phase") -> tuple[list[int], list[int]]:
         """The first `length` tokens of a conversation; only the replies are learned."""
         ids: list[int] = []
         labels: list[int] = []
         eos = self.tokenizer.special_tokens["<|endoftext|>"]
-        stream = self.conversations.conversation(random)
+        stream = self.conversations.conversation(
+            random, personal=phase.personal, styled=phase.styled
+        )
         while len(ids) < length:
             message = next(stream)
             role, content = message["role"], message["content"]
