@@ -18,6 +18,7 @@ from bench.__main__ import main
 from bench.held_out import Case
 from bench.report import Record, Table
 from chatbot.tutor.corpus import FOLLOW_UPS, LANGUAGES, read
+from minigpt import quant
 
 PARITY_FAST = ["--dtype", "float64"]
 
@@ -180,6 +181,23 @@ def test_a_mistake_differs_where_it_was_made_and_exits_1(
     first = next(row for row in every["rows"] if row[2] == "no number" or row[2] > tolerance)
     assert first[0] == where
     assert difference is None or first[2] == verdicts["rows"][0][1] == difference
+
+
+@pytest.mark.parametrize(("kind", "allowed"), [("nf4", 1e-9), ("int8", 1e-3)])
+def test_a_quantized_model_is_compared_by_its_codes(
+    tmp_path: Path, kind: str, allowed: float
+) -> None:
+    config = minigpt.GPTConfig(
+        vocab_size=97, n_positions=32, n_embd=64, n_layer=2, n_head=2, eos_token_id=None
+    )
+    model = minigpt.GPT(config, generator=torch.Generator().manual_seed(0)).eval()
+    quant.save(quant.quantize(model, kind), tmp_path)
+    found = parity.measure(tmp_path, dtypes=["float64", "float32"])
+    assert found.passed, found.tables[0].rows
+    assert [row[3] for row in found.tables[0].rows] == [allowed, max(allowed, 1e-4)]
+    plain = minigpt.GPT(config, generator=torch.Generator().manual_seed(0)).eval()
+    ids = torch.arange(32)[None]
+    assert not torch.allclose(plain(ids), model(ids), atol=1e-4)  # it is another model
 
 
 def test_what_one_side_lacks_or_hides_is_no_number() -> None:
