@@ -84,10 +84,18 @@ def finetune_model(options: argparse.Namespace) -> None:
     processes = PartialState(cpu=not torch.cuda.is_available())
     engine = Engine.from_pretrained(options.model, dtype=torch.float32, device=_device())
     model, tokenizer = engine.model, engine.tokenizer
+    quantized = _is_quantized(model)
+    if quantized and options.method != "lora":
+        raise ValueError(
+            f"--method {options.method} needs a float model, and {options.model} is quantized: "
+            "use --method lora, or the float model"
+        )
     rows = [_example(engine, *pair) for pair in read_pairs(options.data)]
+    with torch.device("meta"):  # in floats, whatever its codes count
+        total = sum(p.numel() for p in GPT(model.config).parameters())
     save = _method(options, model)
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    total = sum(p.numel() for p in model.parameters())
+    total += trained if options.method != "full" else 0
     if processes.is_main_process:
         _say(f"training {trained:,} of {total:,} parameters ({trained / total:.2%})")
     length = min(options.max_length, model.config.n_positions)
@@ -97,12 +105,14 @@ def finetune_model(options: argparse.Namespace) -> None:
         return
     if options.method == "full":
         GPT.from_pretrained(folder / BEST).save_pretrained(folder)
-    elif options.method == "lora":
+    elif options.method == "lora" and not quantized:
         plain = GPT.from_pretrained(options.model, dtype=torch.float32)
         lora.load(plain, folder / BEST)
         lora.merge(plain)
         plain.save_pretrained(folder)
-    if options.method == "adapters":
+    if quantized:
+        _say(f"wrote {folder / BEST}, perplexity {best:,.4g}: merge it into the float model")
+    elif options.method == "adapters":
         _say(f"wrote {folder / BEST}, perplexity {best:,.4g}: adapters to load onto the model")
     else:
         tokenizer.save_pretrained(folder)
@@ -222,6 +232,11 @@ def _method(options: argparse.Namespace, model: GPT) -> Callable[[GPT, Path], No
         return adapters.save
     model.requires_grad_(True)
     return GPT.save_pretrained
+
+
+def _is_quantized(model: GPT) -> bool:
+    """Whether codes stand in for weights: then only corrections beside them can train."""
+    return bool(getattr(model.hf, "is_quantized", False))
 
 
 def _variety(model: GPT, tokenizer: Tokenizer, seed: int) -> Record:
