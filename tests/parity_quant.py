@@ -50,6 +50,7 @@ def matrices(shapes: list[tuple[int, int]] = SHAPES) -> Iterator[Tensor]:
         middle = (table[:-1] + table[1:]) / 2  # halfway between two codes
         halves = middle[torch.randint(15, shape, generator=generator)]
         halves[..., 0] = 1.0
+        halves[::2] *= scales[::2].exp()  # where x / max and x * (1 / max) take different sides
         for matrix in (
             normal,
             0.02 * normal,
@@ -116,6 +117,8 @@ def check_int8_forward(threshold: float = 6.0) -> None:
         x[rows // 2, 3] = 9.0
         x[0, inputs // 2] = -6.0  # just an outlier
         x[0, inputs // 2 + 1] = 5.99
+        if rows > 1:
+            x[-1, 3] = 5.0  # no outlier, but in an outlier's column, and its row's largest
         weight = torch.randn(outputs, inputs, generator=generator)
         bias = torch.randn(outputs, generator=generator)
         codes, scale = int8.quantize_rows(weight)
