@@ -20,9 +20,6 @@ from bench.report import Record, Table
 from chatbot.tutor.corpus import FOLLOW_UPS, LANGUAGES, read
 from minigpt import quant
 
-PARITY_FAST = ["--dtype", "float64"]
-
-
 # --- report -------------------------------------------------------------------------------------
 
 
@@ -172,7 +169,7 @@ def test_a_mistake_differs_where_it_was_made_and_exits_1(
 
     monkeypatch.setattr(minigpt.GPT, "from_pretrained", wrong)
     flags = ["--model", str(chat_model), "--output", str(tmp_path)]
-    assert main(["parity", *flags, *PARITY_FAST]) == 1
+    assert main(["parity", *flags, "--dtype", "float64"]) == 1
     assert "**the two differ.**" in capsys.readouterr().out
     written = json.loads((tmp_path / "parity.json").read_text("utf-8"))
     verdicts, every = written["tables"]
