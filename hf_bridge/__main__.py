@@ -1,11 +1,16 @@
 """The command line: python -m hf_bridge COMMAND …, the same flags as python -m minigpt."""
 
 import argparse
+import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from hf_bridge.commands import add_quantize, add_training
+
+if TYPE_CHECKING:
+    from hf_bridge.engine import Engine
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -45,6 +50,9 @@ def parser() -> argparse.ArgumentParser:
         ("--attention-sinks", int, 0),
     ):
         generate.add_argument(flag, type=kind, default=default, help=f"default: {default}")
+    parts = 'auto, cpu, cuda, or by parts: \'{"": "cuda", "transformer.h.3": "cpu"}\''
+    generate.add_argument("--device-map", metavar="MAP", help=parts)
+    generate.add_argument("--attn-implementation", metavar="NAME", help="sdpa (default), eager, …")
     generate.set_defaults(run=_generate)
     tokenize = commands.add_parser("tokenize", help="show how a text is cut into tokens")
     tokenize.add_argument("text")
@@ -58,6 +66,9 @@ def parser() -> argparse.ArgumentParser:
     trace.set_defaults(run=_trace)
     quantize = commands.add_parser("quantize", help="write a model in 4 or 8 bits a weight")
     add_quantize(quantize)
+    quantize.add_argument(
+        "--device-map", metavar="MAP", help="where it is done: cpu (default) or cuda"
+    )
     quantize.set_defaults(run=_quantize)
     for command in (generate, tokenize, trace, quantize):
         command.add_argument("--model", required=True, help="a directory, or a hub id such as gpt2")
@@ -71,11 +82,14 @@ def _generate(options: argparse.Namespace) -> None:
 
     if not options.prompt:
         raise ValueError("--prompt must not be empty")
-    engine = Engine.from_pretrained(
-        options.model,
-        sliding_window=options.sliding_window,
-        attention_sinks=options.attention_sinks,
-    )
+    if options.device_map is None and options.attn_implementation is None:
+        engine = Engine.from_pretrained(
+            options.model,
+            sliding_window=options.sliding_window,
+            attention_sinks=options.attention_sinks,
+        )
+    else:
+        engine = _placed(options)
     decoder = engine.stream_decoder()
     tokens = engine.stream(
         engine.encode(options.prompt),
@@ -91,6 +105,34 @@ def _generate(options: argparse.Namespace) -> None:
     for token in tokens:
         print(decoder.feed(token), end="", flush=True)
     print(decoder.flush())
+
+
+def _placed(options: argparse.Namespace) -> "Engine":
+    import torch
+
+    from hf_bridge import Tokenizer, placement
+    from hf_bridge.engine import Engine
+
+    gpu = torch.cuda.is_available()
+    model = placement.load(
+        options.model,
+        dtype=None if gpu else torch.float32,
+        device_map=_device_map(options.device_map or ("cuda" if gpu else "cpu")),
+        attn_implementation=options.attn_implementation or "sdpa",
+        sliding_window=options.sliding_window,
+        attention_sinks=options.attention_sinks,
+    )
+    return Engine(model, Tokenizer.from_pretrained(options.model), options.model)
+
+
+def _device_map(text: str) -> str | dict[str, str]:
+    """What --device-map says: a device's name, or JSON with a place for each part."""
+    if not text.lstrip().startswith("{"):
+        return text
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"--device-map is not valid JSON: {error}") from error
 
 
 def _tokenize(options: argparse.Namespace) -> None:
@@ -132,7 +174,7 @@ def _trace(options: argparse.Namespace) -> None:
 def _quantize(options: argparse.Namespace) -> None:
     import torch
 
-    from hf_bridge import GPT, quant
+    from hf_bridge import placement, quant
     from hf_bridge.files import copy_texts, resolve, weight_files
 
     source, output = resolve(options.model), Path(options.output)
@@ -141,7 +183,10 @@ def _quantize(options: argparse.Namespace) -> None:
     if options.bits == 8 and (options.double_quant or options.quant_type):
         raise ValueError("--quant-type and --double-quant are for --bits 4")
     dtype = getattr(torch, options.dtype) if options.dtype else None
-    model = GPT.from_pretrained(source, dtype=dtype)
+    place = options.device_map or "cpu"
+    if place == "auto" or "{" in place:
+        raise ValueError(f"--device-map must be cpu or cuda: all is quantized there, got {place!r}")
+    model = placement.load(source, dtype=dtype, device_map=place)
     kind = "int8" if options.bits == 8 else options.quant_type or "nf4"
     quant.save(quant.quantize(model, kind, double_quant=options.double_quant), output)
     copy_texts(source, output)

@@ -159,10 +159,10 @@ class GPT(nn.Module):
             padding = cache.padding
         return 0 if padding is None else padding
 
-    def _slide(self, window: int | None, sinks: int) -> None:
+    def _slide(self, window: int | None, sinks: int, kernel: str = "sdpa") -> None:
         check_window(window, sinks)
         self.sliding_window, self.attention_sinks = window, sinks
-        name = "sdpa" if window is None else f"sdpa_window_{window}_{sinks}"
+        name = kernel if window is None else f"sdpa_window_{window}_{sinks}"
         if window is not None:
             AttentionInterface.register(name, sdpa_attention_forward)
             AttentionMaskInterface.register(name, partial(_window_mask, window, sinks))

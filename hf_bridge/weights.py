@@ -8,7 +8,7 @@ dtype that config.json names, whole numbers too. Of old files' buffers it knows 
 Before: model.py.  After: sampler.py.  Twin: minigpt/weights.py.  Proof: tests/test_weights.py.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -31,11 +31,22 @@ def load(
 ) -> GPT:
     """A model ready for inference; WeightsError for files that are missing, damaged or foreign."""
     folder = resolve(name_or_path)
-    config = config_step.read(folder)
+    config_step.read(folder)
     if "quantization_config" in read_json(folder / "config.json"):
         from hf_bridge import quant  # step 10 reads codes in place of weights
 
         return quant.load(folder, dtype=dtype, device=device)
+    return read(folder, dtype=dtype).to(device)
+
+
+def read(
+    folder: Path,
+    *,
+    dtype: torch.dtype | None = None,
+    device_map: str | Mapping[str, str] | None = None,
+) -> GPT:
+    """A float model from its directory, in eval mode; a device_map as in placement.py."""
+    config = config_step.read(folder)
     files = weight_files(folder)
     try:
         whole = [name for path in files for name in _whole_numbers(path)]
@@ -47,6 +58,7 @@ def load(
                 use_safetensors=True,
                 local_files_only=True,
                 trust_remote_code=False,
+                device_map=device_map,
                 ignore_mismatched_sizes=True,  # not ignored: reported, with the others, below
                 output_loading_info=True,
             )
@@ -55,7 +67,7 @@ def load(
     check_report(folder, report, whole)
     with torch.device("meta"):
         model = GPT(config)
-    model.hf = hf.to(device)
+    model.hf = hf
     model._slide(None, 0)
     return model.eval()
 
