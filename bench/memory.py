@@ -12,6 +12,7 @@ import torch
 
 import hf_bridge
 import minigpt
+from bench.chart import Chart
 from bench.environment import environment
 from bench.report import Record, Table
 from minigpt.files import resolve, weight_files
@@ -55,7 +56,9 @@ def measure(model: str | Path, *, sliding_window: int = 128) -> Record:
         f"{model}, float32; its file has {file / 1e6:.1f} MB. The process, Python and libraries "
         f"included, reads {prompt} tokens and writes {new}.",
     ]
-    return Record("Memory", [table], notes, environment())
+    sides = {name: [row[i] for row in table.rows] for i, name in enumerate(table.columns) if i}
+    chart = Chart("Memory, MB", [row[0] for row in table.rows], sides, log=True)
+    return Record("Memory", [table], notes, environment(), chart=chart)
 
 
 @torch.inference_mode()

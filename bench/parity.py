@@ -17,6 +17,7 @@ from torch import Tensor
 
 import hf_bridge
 import minigpt
+from bench.chart import Chart
 from bench.environment import environment, sha256
 from bench.report import Record, Table
 from hf_bridge.trace import trace as trace_hf
@@ -67,7 +68,16 @@ def measure(model: str | Path, *, dtypes: Sequence[str] = tuple(TOLERANCES)) -> 
         *(f"SHA-256 of {path.name}: `{sha256(path)}`" for path in weight_files(folder)),
         "Verdict: " + ("the two agree." if passed else "**the two differ.**"),
     ]
-    return Record("Parity with transformers", [verdicts, every], notes, environment(), passed)
+    lines = {
+        dtype: [
+            found if math.isfinite(found) and found else None for found in columns[dtype].values()
+        ]
+        for dtype in dtypes
+    }
+    names = list(columns[dtypes[0]])
+    chart = Chart("Difference to transformers (no point: none)", names, lines, log=True)
+    title = "Parity with transformers"
+    return Record(title, [verdicts, every], notes, environment(), passed, chart)
 
 
 def tolerance(folder: Path, dtype: str) -> float:

@@ -13,6 +13,7 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
+from bench.chart import Chart
 from bench.environment import environment
 from bench.held_out import Case, Seen, read_cases, words_of
 from bench.report import Record, Table
@@ -165,7 +166,15 @@ def measure(
             aim_text = f"<= {_percent(IN_SCOPE_REFUSED)}"
             table.rows.append([*row, interval(wrong, count), aim_text, met])
     title = "Quality on held-out wordings"
-    return Record(title, [table], notes, environment()), failures
+    chart = Chart(
+        "Right, of 100 held-out cases",
+        [f"{group} {language}" for group, language in total],
+        {
+            "right": [100 * right[key] / count for key, count in total.items()],
+            "aim": [100 * GROUPS[group] for group, _ in total],
+        },
+    )
+    return Record(title, [table], notes, environment(), chart=chart), failures
 
 
 def unseen(groups: Iterable[str], limit: int | None = None) -> tuple[list[Case], list[str]]:

@@ -1,4 +1,4 @@
-"""One record of a measurement -> Markdown for people, JSON for programs.
+"""One record of a measurement -> Markdown and a picture for people, JSON for programs.
 
 Proof: tests/test_bench.py.
 """
@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from bench.chart import Chart, png
 from minigpt.files import write_atomically
 
 
@@ -30,6 +31,7 @@ class Record:
     notes: list[str] = field(default_factory=list)
     environment: dict[str, Any] = field(default_factory=dict)
     passed: bool | None = None
+    chart: Chart | None = None
 
 
 def markdown(record: Record) -> str:
@@ -57,13 +59,16 @@ def markdown(record: Record) -> str:
 
 
 def write(record: Record, name: str, folder: Path) -> list[Path]:
-    """Write `name`.md and `name`.json into a directory."""
+    """Write `name`.md, `name`.json and, where there is a chart, `name`.png into a directory."""
     folder.mkdir(parents=True, exist_ok=True)
-    page, data = folder / f"{name}.md", folder / f"{name}.json"
+    page, data, picture = (folder / f"{name}.{kind}" for kind in ("md", "json", "png"))
     text = json.dumps(asdict(record), indent=2, ensure_ascii=False, allow_nan=False)
     write_atomically(page, markdown(record).encode())
     write_atomically(data, (text + "\n").encode())
-    return [page, data]
+    if record.chart is None:
+        return [page, data]
+    write_atomically(picture, png(record.chart))
+    return [page, data, picture]
 
 
 def insert(record: Record, name: str, path: Path) -> None:

@@ -22,6 +22,7 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import GenerationConfig
 
+from bench.chart import Chart
 from bench.environment import environment
 from bench.report import Record, Table
 from chatbot.engines import TUTOR
@@ -125,7 +126,16 @@ def report(engines: list[Runs], config: GPTConfig, long: int, new_tokens: int) -
         "of weights.",
         f"Start to first token of `python -m chatbot -p`: {start_to_first_token()}.",
     ]
-    return Record("Speed, batch 1, greedy", [table], notes, environment())
+    chart = Chart(
+        "Speed, batch 1, greedy: times that of transformers",
+        ["decode", f"prefill {long}"],
+        {
+            e.name: [median(e.decode) / median(hf.decode), median(e.prefill) / median(hf.prefill)]
+            for e in engines
+            if e.agreed
+        },
+    )
+    return Record("Speed, batch 1, greedy", [table], notes, environment(), chart=chart)
 
 
 def spread(numbers: list[float]) -> str:

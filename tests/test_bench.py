@@ -2,6 +2,7 @@
 
 import json
 import math
+import struct
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ import hf_bridge
 import minigpt
 from bench import environment, memory, parity, quality, report, speed
 from bench.__main__ import main
+from bench.chart import Chart
 from bench.held_out import Case
 from bench.report import Record, Table
 from chatbot.tutor.corpus import FOLLOW_UPS, LANGUAGES, read
@@ -36,6 +38,20 @@ def test_markdown_holds_tables_notes_and_environment() -> None:
         "A note.", "",
         "cores 2",
     ]  # fmt: skip
+
+
+@pytest.mark.parametrize("count", [3, 40])
+def test_a_chart_is_drawn_beside_the_page_and_its_numbers_kept(tmp_path: Path, count: int) -> None:
+    values = [1.0, None, *range(2, count)]
+    chart = Chart(
+        "Speed", [f"case {i}" for i in range(count)], {"a": values, "b": values}, log=True
+    )
+    page, data, picture = report.write(Record("Speed", [], chart=chart), "speed", tmp_path)
+    width, height = struct.unpack(">II", picture.read_bytes()[16:24])
+    assert picture.read_bytes().startswith(b"\x89PNG") and width > height > 300
+    assert json.loads(data.read_text())["chart"]["series"]["b"] == values
+    assert page.read_text().startswith("## Speed")
+    assert len(report.write(Record("Speed", []), "other", tmp_path)) == 2
 
 
 def test_json_holds_every_digit(tmp_path: Path) -> None:
