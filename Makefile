@@ -18,6 +18,7 @@ bench: $(VENV)/.installed
 tutor: $(VENV)/.installed
 	MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=8589934592 MALLOC_TOP_PAD_=268435456 \
 		$(BIN)/python -m chatbot.tutor
+	$(BIN)/python -m bench quality --insert chatbot/tutor/README.md
 
 check: $(VENV)/.installed
 	$(BIN)/ruff check .

@@ -80,6 +80,7 @@ def draw(pattern: Tensor, words: Sequence[str], path: str | Path, *, title: str 
     bar = figure.colorbar(image, ax=grid, shrink=0.5, aspect=30, pad=0.02)
     bar.outline.set_visible(False)
     bar.ax.tick_params(length=0, labelsize=7, labelcolor="0.25")
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
     part = Path(path).with_name(f".{Path(path).name}.part")
     figure.savefig(part, format="png", dpi=150)
     os.replace(part, path)

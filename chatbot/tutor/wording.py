@@ -84,6 +84,7 @@ def relax(random: Random, text: str, rate: float) -> str:
 
 
 def without_accents(text: str) -> str:
+    """á becomes a and ü u, as people type in haste; ñ stays."""
     letters = unicodedata.normalize("NFD", text)
     return unicodedata.normalize("NFC", "".join(c for c in letters if c not in "\u0301\u0308"))
 
