@@ -154,5 +154,8 @@ class Engine:
 
 def transcript(messages: Sequence[Mapping[str, str]]) -> str:
     """A conversation as plain text, for models that know no chat template."""
+    for message in messages:
+        if message["role"] not in ROLES:
+            raise ValueError(f"role must be one of {', '.join(ROLES)}, got {message['role']!r}")
     lines = [ROLES[message["role"]] + message["content"] for message in messages]
     return "\n".join([*lines, "Assistant:"])

@@ -90,10 +90,11 @@ class Tokenizer:
         return re.split(f"({'|'.join(map(re.escape, longest_first)) or '(?!)'})", text)
 
     def decode(self, ids: Iterable[int], *, skip_special_tokens: bool = False) -> str:
-        """Ids -> text; ValueError for an id that is none of this vocabulary."""
+        """Ids -> text; ValueError for an id that is none of it, unless past it and skipped."""
         ids = [int(i) for i in ids]
         for i in ids:
-            if i < 0 or self.hf.convert_ids_to_tokens(i) is None:
+            unknown = i < 0 or self.hf.convert_ids_to_tokens(i) is None
+            if unknown and (i < 0 or not skip_special_tokens):
                 raise ValueError(f"token id must be one of the vocabulary's {len(self)}, got {i}")
         return self.hf.decode(ids, skip_special_tokens=skip_special_tokens)
 

@@ -165,6 +165,9 @@ def transcript(messages: Sequence[Mapping[str, str]]) -> str:
     >>> transcript([{"role": "user", "content": "Hi"}])
     'User: Hi\nAssistant:'
     """
+    for message in messages:
+        if message["role"] not in ROLES:
+            raise ValueError(f"role must be one of {', '.join(ROLES)}, got {message['role']!r}")
     lines = [ROLES[message["role"]] + message["content"] for message in messages]
     return "\n".join([*lines, "Assistant:"])
 

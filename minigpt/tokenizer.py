@@ -112,7 +112,8 @@ class Tokenizer:
     def decode(self, ids: Iterable[int], *, skip_special_tokens: bool = False) -> str:
         """Ids -> text; bytes that are no UTF-8 become U+FFFD.
 
-        Raises ValueError for an id that is none of this vocabulary.
+        `skip_special_tokens` leaves out ids past the vocabulary too: models pad theirs to a round
+        number, and may draw one. Otherwise ValueError for an id that is none of this vocabulary.
         """
         return self.token_bytes(ids, skip_special_tokens=skip_special_tokens).decode(
             "utf-8", errors="replace"
@@ -126,7 +127,7 @@ class Tokenizer:
                 pieces.append(b"" if skip_special_tokens else self._special_ids[i].encode())
             elif i in self._letters:
                 pieces.append(bytes(letter_bytes()[letter] for letter in self._letters[i]))
-            else:
+            elif i < 0 or not skip_special_tokens:  # else of a padded vocabulary: no text either
                 raise ValueError(f"token id must be one of the vocabulary's {len(self)}, got {i}")
         return b"".join(pieces)
 

@@ -6,6 +6,8 @@ from pathlib import Path
 import pytest
 from transformers import AutoTokenizer
 
+from hf_bridge import Tokenizer as BridgeTokenizer
+from hf_bridge import engine as bridge
 from minigpt import GPT, GPTConfig, Tokenizer
 from minigpt.engine import Engine, render_template, transcript
 
@@ -143,3 +145,24 @@ def test_a_template_that_refuses_or_breaks_out_is_an_error() -> None:
         render_template("{{ raise_exception('roles must alternate') }}", [])
     with pytest.raises(ValueError, match="chat template refuses these messages"):
         render_template("{{ ''.__class__.__mro__ }}", [])
+
+
+def test_a_transcript_names_the_role_that_it_does_not_know() -> None:
+    for speak in (transcript, bridge.transcript):
+        with pytest.raises(ValueError, match=r"role must be one of system, user, .*, got 'tool'"):
+            speak([{"role": "tool", "content": "4"}])
+
+
+def test_tokens_beyond_the_tokenizer_are_no_text_and_break_no_reply(engine: Engine) -> None:
+    """A vocabulary padded to a round number can draw an id that no text has."""
+    beyond = len(engine.tokenizer)
+    ids = [*engine.encode("n"), beyond, *engine.encode("é")]
+    for step in (
+        engine,
+        bridge.Engine(engine.model, BridgeTokenizer.from_pretrained(engine.name), "x"),
+    ):
+        assert step.decode(ids) == "né"
+        decoder = step.stream_decoder()
+        assert "".join(map(decoder.feed, ids)) + decoder.flush() == "né"
+    with pytest.raises(ValueError, match=f"got {beyond}"):
+        engine.tokenizer.decode(ids)

@@ -121,3 +121,9 @@ def test_what_is_no_token_is_refused(pair: Pair, ids: torch.Tensor, message: str
 def test_a_mask_of_another_shape_is_refused(pair: Pair) -> None:
     with pytest.raises(ValueError, match=r"shape of ids, \(1, 4\), got \(1, 3\)"):
         pair.ours(pair.ids(T=4), attention_mask=torch.ones(1, 3))
+
+
+def test_building_draws_from_the_given_generator_alone() -> None:
+    before = torch.get_rng_state()
+    GPT(GPTConfig(n_embd=8, n_layer=1, n_head=2), generator=torch.Generator().manual_seed(1))
+    assert torch.equal(torch.get_rng_state(), before)

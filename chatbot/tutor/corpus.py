@@ -104,12 +104,18 @@ class Conversations:
         return messages
 
     def conversation(
-        self, random: Random, *, personal: float = 0.35, styled: float = 0.3
+        self,
+        random: Random,
+        *,
+        personal: float = 0.35,
+        styled: float = 0.3,
+        foreign: float = 1.0,
     ) -> Iterator[Message]:
         """The messages of one conversation, which never ends.
 
         Parts of all conversations are `personal`, about the user more than about topics, and
-        `styled` by a system prompt.
+        `styled` by a system prompt; `foreign` is how often, as a multiple, something else than the
+        tutor's subject is asked.
         """
         state = _State(language=random.choice(LANGUAGES))
         style = self._style(random) if random.random() >= 1 - styled else None
@@ -121,18 +127,20 @@ class Conversations:
         while True:
             if random.random() < 0.04:
                 state.language = random.choice(LANGUAGES)
-            user, reply = self._turn(random, state, style or "plain", about_user)
+            user, reply = self._turn(random, state, style or "plain", about_user, foreign)
             yield {"role": "user", "content": user}
             yield {"role": "assistant", "content": reply}
 
     def _style(self, random: Random) -> str:
         return random.choice(["pirate", "brief", "formal", "child", "plain"])
 
-    def _turn(self, random: Random, state: "_State", style: str, personal: bool) -> tuple[str, str]:
+    def _turn(
+        self, random: Random, state: "_State", style: str, personal: bool, foreign: float
+    ) -> tuple[str, str]:
         """The user's message and the right reply; the state remembers what it was about."""
         weights = {
             self._topic: 4.0 if not personal else 1.0,
-            self._unknown: 0.9 if not personal else 0.3,
+            self._unknown: foreign * (0.9 if not personal else 0.3),
             self._small_talk: 0.3 if not personal else 0.4,
             self._repeat: 0.1 if not personal else 0.6,
             self._tell: 0.15 if not personal else 2.0,
@@ -257,16 +265,21 @@ class _State:
 
 @dataclass(frozen=True)
 class Phase:
-    """A part of the training, up to `end` of its steps: how long its rows are, and about what."""
+    """A part of the training, up to `end` of its steps: how long its rows are, and about what.
+
+    The fields after shapes are those of Conversations.conversation.
+    """
 
     end: float
     shapes: tuple[tuple[int, int, float], ...]  # tokens a row, rows a batch, how often
     personal: float
     styled: float
+    foreign: float = 1.0
 
 
 # First to tell topics apart, the hardest thing: most rows end soon after the tutor has decided what
 # it was asked. Then to converse: memory, styles and follow-ups, at all positions of the context.
+# Last, at a rate of its own, to be modest too.
 PHASES = (
     Phase(
         end=0.55,
@@ -275,10 +288,17 @@ PHASES = (
         styled=0.3,
     ),
     Phase(
-        end=math.inf,
+        end=1.0,
         shapes=((64, 64, 0.25), (128, 32, 0.40), (256, 16, 0.25), (512, 8, 0.10)),
         personal=0.45,
         styled=0.4,
+    ),
+    Phase(
+        end=math.inf,
+        shapes=((64, 64, 0.45), (128, 32, 0.40), (256, 16, 0.10), (512, 8, 0.05)),
+        personal=0.45,
+        styled=0.4,
+        foreign=2.0,
     ),
 )
 
@@ -310,7 +330,7 @@ class Rows:
         labels: list[int] = []
         eos = self.tokenizer.special_tokens["<|endoftext|>"]
         stream = self.conversations.conversation(
-            random, personal=phase.personal, styled=phase.styled
+            random, personal=phase.personal, styled=phase.styled, foreign=phase.foreign
         )
         while len(ids) < length:
             message = next(stream)
