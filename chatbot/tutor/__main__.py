@@ -93,7 +93,9 @@ def run(
 def parser() -> argparse.ArgumentParser:
     """The flags; the defaults make the tutor that the repository contains."""
     flags = argparse.ArgumentParser(prog="python -m chatbot.tutor", description="Train the tutor.")
-    flags.add_argument("--steps", type=int, default=10000, help="of about 4,096 tokens")
+    flags.add_argument(
+        "--steps", type=int, default=10000, help="of about 4,096 tokens; a fifth as many follow"
+    )
     flags.add_argument("--seed", type=int, default=0)
     flags.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     flags.add_argument("--output", type=Path, default=FOLDER, help="the model directory")
