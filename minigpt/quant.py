@@ -116,7 +116,7 @@ def load(
         codes = {path: found for path, found in codes.items() if found}
         tensors = {name: tensor.to(dtype=dtype) for name, tensor in tensors.items()}
         weights.check_tensors(model, tensors, folder)
-        model.load_state_dict(tensors, assign=True)
+        model.load_state_dict(weights.level(tensors), assign=True)
         for path, found in codes.items():
             bias = cast(Tensor, model.get_submodule(path).bias)
             model.set_submodule(path, bnb_files.to_layer(found, bias, settings))
@@ -141,7 +141,8 @@ def _take(path: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         return {}
     for name in names:
         del tensors[name]
-    tensors[f"{path}.weight"] = torch.empty(shape[::-1], device="meta")
+    like = tensors.get(f"{path}.bias", torch.empty(0))
+    tensors[f"{path}.weight"] = torch.empty(shape[::-1], device="meta", dtype=like.dtype)
     return found
 
 

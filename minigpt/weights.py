@@ -8,6 +8,7 @@ Before: model.py.  After: sampler.py.  Twin: hf_bridge/weights.py.  Proof: tests
 """
 
 import dataclasses
+from functools import reduce
 from pathlib import Path
 
 import torch
@@ -40,9 +41,10 @@ def load(
 ) -> GPT:
     """Build the model that config.json describes and fill it; ready for inference (eval mode).
 
-    `dtype` None keeps the file's. Each tensor is read once, straight into its place: memory stays
-    near the file's size. Raises WeightsError for files that are missing, damaged, or of another
-    model; a weight that the file lacks is an error, never a fresh random one.
+    `dtype` None keeps the file's; of several, the one that holds them all. Each tensor is read
+    once, straight into its place: memory stays near the file's size. Raises WeightsError for files
+    that are missing, damaged, or of another model; a weight that the file lacks is an error, never
+    a fresh random one.
     """
     folder = resolve(name_or_path)
     config = config_step.read(folder)
@@ -55,7 +57,7 @@ def load(
     with torch.device("meta"):
         model = GPT(config)
     check_tensors(model, tensors, folder)
-    model.load_state_dict(tensors, assign=True)
+    model.load_state_dict(level(tensors), assign=True)
     return model.eval()
 
 
@@ -68,6 +70,17 @@ def untie(config: GPTConfig, tensors: dict[str, Tensor]) -> GPTConfig:
         return dataclasses.replace(config, tie_word_embeddings=False)
     del tensors[HEAD]
     return config
+
+
+def level(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors in one dtype that rounds none of them: layers cannot compute in several.
+
+    >>> half = torch.ones(1, dtype=torch.float16)
+    >>> level({"a": half, "b": half.bfloat16()})["a"].dtype
+    torch.float32
+    """
+    dtype = reduce(torch.promote_types, (tensor.dtype for tensor in tensors.values()))
+    return {name: tensor.to(dtype) for name, tensor in tensors.items()}
 
 
 def read_tensors(

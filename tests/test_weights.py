@@ -205,3 +205,18 @@ def test_loading_takes_little_more_memory_than_the_file(tmp_path: Path) -> None:
         [sys.executable, "-c", MEASURE, str(tmp_path)], capture_output=True, text=True, check=True
     )
     assert int(run.stdout) < 1.3 * size
+
+
+def test_a_file_of_several_dtypes_gets_the_one_that_holds_them_all(
+    pair: Pair, tmp_path: Path
+) -> None:
+    GPT.from_pretrained(pair.folder, dtype=torch.float32).half().save_pretrained(tmp_path)
+    path = tmp_path / "model.safetensors"
+    tensors = load_file(path)
+    name = "transformer.ln_f.weight"
+    tensors[name] = tensors[name].float() + 1e-6  # float16 would round it away
+    save_file(tensors, path, metadata={"format": "pt"})
+    model = GPT.from_pretrained(tmp_path)
+    assert {p.dtype for p in model.parameters()} == {torch.float32}
+    assert torch.equal(model.ln_f.weight, tensors[name])
+    assert model(pair.ids(T=3)).isfinite().all()
