@@ -20,9 +20,9 @@ from chatbot.tutor.corpus import (
     LANGUAGES,
     SPECIAL_TOKENS,
     Conversations,
-    Rows,
     read,
 )
+from chatbot.tutor.rows import Rows
 from minigpt import Tokenizer
 
 # Whoever changes a held-out file changes what the tutor's scores mean: not by accident.

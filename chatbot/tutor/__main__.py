@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from chatbot.tutor import corpus
+from chatbot.tutor.rows import Rows
 from minigpt import GPT, GPTConfig, Tokenizer
 from minigpt.files import write_json
 from minigpt.runs import find_checkpoint
@@ -39,8 +40,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     tokenizer.chat_template = corpus.CHAT_TEMPLATE
     model = new_model(tokenizer, options.seed).to(options.device)
     conversations = corpus.Conversations(dialogues)
-    rows = corpus.Rows(conversations, tokenizer, seed=options.seed, steps=options.steps)
-    others = corpus.Rows(conversations, tokenizer, seed=options.seed + 1)
+    rows = Rows(conversations, tokenizer, seed=options.seed, steps=options.steps)
+    others = Rows(conversations, tokenizer, seed=options.seed + 1)
     runs, steps = options.runs, options.steps
     history = run(model, rows, others, runs, options, steps=steps, learning_rate=2e-3)
     polish: dict[str, Any] = {"steps": max(1, steps // 5), "learning_rate": 6e-4, "start": steps}
@@ -55,8 +56,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def run(
     model: GPT,
-    rows: corpus.Rows,
-    others: corpus.Rows,
+    rows: Rows,
+    others: Rows,
     folder: Path,
     options: argparse.Namespace,
     *,
@@ -129,13 +130,13 @@ def new_model(tokenizer: Tokenizer, seed: int) -> GPT:
     return model
 
 
-def batch(rows: corpus.Rows, step: int) -> dict[str, Tensor]:
+def batch(rows: Rows, step: int) -> dict[str, Tensor]:
     """A step's rows as tensors: input_ids and labels, (B, T)."""
     ids, labels = rows.batch(step)
     return {"input_ids": torch.tensor(ids), "labels": torch.tensor(labels)}
 
 
-def evaluate(model: GPT, rows: corpus.Rows) -> Record:
+def evaluate(model: GPT, rows: Rows) -> Record:
     """Perplexity of the replies in 8 batches of other conversations (made of the same wordings)."""
     losses, tokens = 0.0, 0
     for step in range(8):
