@@ -9,7 +9,6 @@ import math
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -42,61 +41,39 @@ def main(arguments: Sequence[str] | None = None) -> None:
     conversations = corpus.Conversations(dialogues)
     rows = Rows(conversations, tokenizer, seed=options.seed, steps=options.steps)
     others = Rows(conversations, tokenizer, seed=options.seed + 1)
-    runs, steps = options.runs, options.steps
-    history = run(model, rows, others, runs, options, steps=steps, learning_rate=2e-3)
-    polish: dict[str, Any] = {"steps": max(1, steps // 5), "learning_rate": 6e-4, "start": steps}
-    history += run(model, rows, others, runs / "polish", options, **polish)
-    save(model, tokenizer, options.output)
-    draw_curve(history, options.output / "loss.png")
-    for folder in (runs, runs / "polish"):  # the next run is a new one
-        if (done := find_checkpoint(folder)) is not None:
-            shutil.rmtree(done)
-    print(f"wrote {options.output}")
-
-
-def run(
-    model: GPT,
-    rows: Rows,
-    others: Rows,
-    folder: Path,
-    options: argparse.Namespace,
-    *,
-    steps: int,
-    learning_rate: float,
-    start: int = 0,
-) -> list[Record]:
-    """Train on the rows of `steps` steps from `start` on, or go on where that broke off."""
     config = TrainConfig(
-        max_steps=steps,
-        learning_rate=learning_rate,
+        max_steps=options.steps,
+        learning_rate=2e-3,
         min_lr_rate=0.01,
-        warmup_steps=min(200, steps // 10),
+        warmup_steps=min(200, options.steps // 10),
         weight_decay=0.1,
         eval_steps=250,
         save_steps=500,
         bf16=options.device != "cpu",  # a CPU without matrix units computes float32 faster
         seed=options.seed,
     )
-    broken_off = find_checkpoint(folder)
+    broken_off = find_checkpoint(options.runs)
     if broken_off is not None:
         print(f"going on from {broken_off}", flush=True)
     history = train(
         model,
-        lambda step: batch(rows, start + step),
+        lambda step: batch(rows, step),
         config,
-        output_dir=folder,
+        output_dir=options.runs,
         resume_from_checkpoint=broken_off is not None,
         evaluate=lambda model: evaluate(model, others),
     )
-    return [{**record, "step": record["step"] + start} for record in history]
+    save(model, tokenizer, options.output)
+    draw_curve(history, options.output / "loss.png")
+    if (done := find_checkpoint(options.runs)) is not None:
+        shutil.rmtree(done)  # the next run is a new one
+    print(f"wrote {options.output}")
 
 
 def parser() -> argparse.ArgumentParser:
     """The flags; the defaults make the tutor that the repository contains."""
     flags = argparse.ArgumentParser(prog="python -m chatbot.tutor", description="Train the tutor.")
-    flags.add_argument(
-        "--steps", type=int, default=10000, help="of about 4,096 tokens; a fifth as many follow"
-    )
+    flags.add_argument("--steps", type=int, default=10000, help="of about 4,096 tokens")
     flags.add_argument("--seed", type=int, default=0)
     flags.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     flags.add_argument("--output", type=Path, default=FOLDER, help="the model directory")

@@ -100,18 +100,12 @@ class Conversations:
         return messages
 
     def conversation(
-        self,
-        random: Random,
-        *,
-        personal: float = 0.35,
-        styled: float = 0.3,
-        foreign: float = 1.0,
+        self, random: Random, *, personal: float = 0.35, styled: float = 0.3
     ) -> Iterator[Message]:
         """The messages of one conversation, which never ends.
 
         Parts of all conversations are `personal`, about the user more than about topics, and
-        `styled` by a system prompt; `foreign` is how often, as a multiple, something else than the
-        tutor's subject is asked.
+        `styled` by a system prompt.
         """
         state = _State(language=random.choice(LANGUAGES))
         style = self._style(random) if random.random() >= 1 - styled else None
@@ -123,20 +117,18 @@ class Conversations:
         while True:
             if random.random() < 0.04:
                 state.language = random.choice(LANGUAGES)
-            user, reply = self._turn(random, state, style or "plain", about_user, foreign)
+            user, reply = self._turn(random, state, style or "plain", about_user)
             yield {"role": "user", "content": user}
             yield {"role": "assistant", "content": reply}
 
     def _style(self, random: Random) -> str:
         return random.choice(["pirate", "brief", "formal", "child", "plain"])
 
-    def _turn(
-        self, random: Random, state: "_State", style: str, personal: bool, foreign: float
-    ) -> tuple[str, str]:
+    def _turn(self, random: Random, state: "_State", style: str, personal: bool) -> tuple[str, str]:
         """The user's message and the right reply; the state remembers what it was about."""
         weights = {
             self._topic: 4.0 if not personal else 1.0,
-            self._unknown: foreign * (0.9 if not personal else 0.3),
+            self._unknown: 0.9 if not personal else 0.3,
             self._small_talk: 0.3 if not personal else 0.4,
             self._repeat: 0.1 if not personal else 0.6,
             self._tell: 0.15 if not personal else 2.0,

@@ -26,12 +26,10 @@ class Phase:
     shapes: tuple[tuple[int, int, float], ...]  # tokens a row, rows a batch, how often
     personal: float
     styled: float
-    foreign: float = 1.0
 
 
 # First to tell topics apart, the hardest thing: most rows end soon after the tutor has decided what
 # it was asked. Then to converse: memory, styles and follow-ups, at all positions of the context.
-# Last, at a rate of its own, to be modest too.
 PHASES = (
     Phase(
         end=0.55,
@@ -40,17 +38,10 @@ PHASES = (
         styled=0.3,
     ),
     Phase(
-        end=1.0,
+        end=math.inf,
         shapes=((64, 64, 0.25), (128, 32, 0.40), (256, 16, 0.25), (512, 8, 0.10)),
         personal=0.45,
         styled=0.4,
-    ),
-    Phase(
-        end=math.inf,
-        shapes=((64, 64, 0.45), (128, 32, 0.40), (256, 16, 0.10), (512, 8, 0.05)),
-        personal=0.45,
-        styled=0.4,
-        foreign=2.0,
     ),
 )
 
@@ -82,7 +73,7 @@ class Rows:
         labels: list[int] = []
         eos = self.tokenizer.special_tokens["<|endoftext|>"]
         stream = self.conversations.conversation(
-            random, personal=phase.personal, styled=phase.styled, foreign=phase.foreign
+            random, personal=phase.personal, styled=phase.styled
         )
         while len(ids) < length:
             message = next(stream)
