@@ -60,7 +60,7 @@ def parser() -> argparse.ArgumentParser:
     trace = commands.add_parser("trace", help="show every tensor of a forward")
     trace.add_argument("text")
     trace.add_argument("--attention", type=int, metavar="LAYER", help="draw this layer's heads")
-    trace.add_argument("--output", default="attention.png", metavar="FILE", help="the drawing")
+    trace.add_argument("--output", metavar="FILE", help="the drawing (attention.png)")
     trace.add_argument("--sliding-window", type=int, metavar="W", help="attend to W tokens only")
     trace.add_argument("--attention-sinks", type=int, default=0, metavar="N")
     trace.set_defaults(run=_trace)
@@ -161,14 +161,17 @@ def _trace(options: argparse.Namespace) -> None:
     layer, layers = options.attention, model.config.n_layer
     if layer is not None and not 0 <= layer < layers:
         raise ValueError(f"--attention must be a layer from 0 to {layers - 1}, got {layer}")
+    if layer is None and options.output:
+        raise ValueError("--output is the drawing's file: tell the layer too, --attention LAYER")
     ids = tokenizer.encode(options.text)
     seen = trace(model, torch.tensor([ids], dtype=torch.int64))
     print(picture.table(seen))
     if layer is not None:
-        title = f"{options.model}, layer {layer}: who looks at whom"
+        output = options.output or "attention.png"
+        title = f"{Path(options.model).resolve().name}, layer {layer}: who looks at whom"
         pattern = seen[f"h.{layer}.attn.pattern"][0]  # (H, T, T)
-        picture.draw(pattern, picture.labels(tokenizer, ids), options.output, title=title)
-        print(f"wrote {options.output}", file=sys.stderr)
+        picture.draw(pattern, picture.labels(tokenizer, ids), output, title=title)
+        print(f"wrote {output}", file=sys.stderr)
 
 
 def _quantize(options: argparse.Namespace) -> None:

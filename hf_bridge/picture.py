@@ -10,7 +10,9 @@ from torch import Tensor
 from hf_bridge.tokenizer import Tokenizer
 
 COLUMNS = ("mean", "std", "min", "max")
-LABELS = 36  # words that fit beside one head without overlapping
+FONT = "DejaVu Sans Mono"  # comes with matplotlib
+PITCH = 0.115  # inches from one word to the next
+LONGEST = 16  # letters of a word
 
 
 def table(seen: Mapping[str, Tensor]) -> str:
@@ -45,42 +47,67 @@ def labels(tokenizer: Tokenizer, ids: Sequence[int]) -> list[str]:
 def draw(pattern: Tensor, words: Sequence[str], path: str | Path, *, title: str = "") -> None:
     """Draw the heads' patterns, (H, T, T), as a PNG: each row is a token, dark where it looks.
 
-    What it cannot see stays white.
+    Gray is what has no weight at all, as what it cannot see. The scale is of square roots: a long
+    text shares its weight among many tokens, and would else look pale.
 
-    Raises ValueError unless there is a word for each token.
+    Raises ValueError unless there is a word for each token and the file is to be a PNG.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.colors import PowerNorm
     from matplotlib.figure import Figure
 
     H, T = pattern.shape[:2]
+    path = Path(path)
     if len(words) != T:
         raise ValueError(f"there must be a word for each of {T} tokens, got {len(words)}")
+    if path.suffix.lower() != ".png" or path.is_dir():
+        raise ValueError(f"the picture must be a file that ends in .png, got {str(path)!r}")
     across = math.ceil(math.sqrt(H))
     down = math.ceil(H / across)
-    side = min(max(2.2, 0.19 * T), 4.5)  # inches of one head
+    side = min(max(2.8, 0.19 * T), max(2.8, 14 / across))  # inches of one head
     figure = Figure(figsize=(across * side + 1.6, down * side + 1.2), layout="constrained")
     FigureCanvasAgg(figure)
     weights = pattern.double().masked_fill(pattern == 0, math.nan).cpu().numpy()
     grid = figure.subplots(down, across, sharex=True, sharey=True, squeeze=False)
-    shown = range(0, T, math.ceil(T / LABELS))
-    style = {"fontsize": 7, "color": "0.25", "family": "monospace", "parse_math": False}
+    shown = range(0, T, math.ceil(T * PITCH / side))
+    texts = _legible([words[t] for t in shown])
+    style = {"fontsize": 7, "color": "0.25", "family": FONT, "parse_math": False}
+    scale = PowerNorm(0.5, vmin=0, vmax=1)
     for head, axes in enumerate(grid.flat):
         if head >= H:
             axes.remove()
             continue
-        image = axes.imshow(weights[head], cmap="magma_r", vmin=0, vmax=1)
+        image = axes.imshow(weights[head], cmap="Blues", norm=scale, interpolation="nearest")
+        axes.set_facecolor("0.93")
         axes.set_title(f"head {head}", fontsize=9, color="0.3", pad=4)
-        axes.set_xticks(shown, [words[t] for t in shown], rotation=90, **style)
-        axes.set_yticks(shown, [words[t] for t in shown], **style)
+        axes.set_xticks(shown, texts, rotation=90, **style)
+        axes.set_yticks(shown, texts, **style)
         axes.tick_params(length=0, labelbottom=head + across >= H)
         axes.spines[:].set(color="0.8", linewidth=0.6)
     figure.suptitle(title, fontsize=11, parse_math=False)
     figure.supylabel("the token that looks", fontsize=9, color="0.3")
     figure.supxlabel("the token it looks at", fontsize=9, color="0.3")
-    bar = figure.colorbar(image, ax=grid, shrink=0.5, aspect=30, pad=0.02)
+    bar = figure.colorbar(
+        image,
+        ax=list(grid.flat[:H]),
+        shrink=0.5,
+        aspect=30,
+        pad=0.02,
+        ticks=[0, 0.01, 0.1, 0.25, 0.5, 1],
+    )
+    bar.ax.set_yticklabels([f"{t:.0%}" for t in bar.get_ticks()])
     bar.outline.set_visible(False)
     bar.ax.tick_params(length=0, labelsize=7, labelcolor="0.25")
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
-    part = Path(path).with_name(f".{Path(path).name}.part")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(f".{path.name}.part")
     figure.savefig(part, format="png", dpi=150)
     os.replace(part, path)
+
+
+def _legible(words: Sequence[str]) -> list[str]:
+    """Short enough to stand beside a head, and of letters that the font has: others as U+65E5."""
+    from matplotlib.font_manager import findfont, get_font
+
+    known = get_font(findfont(FONT)).get_charmap()
+    whole = ["".join(c if ord(c) in known else f"U+{ord(c):04X}" for c in word) for word in words]
+    return [word if len(word) <= LONGEST else word[: LONGEST - 1] + "…" for word in whole]

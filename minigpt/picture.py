@@ -11,7 +11,7 @@ from minigpt.tokenizer import Tokenizer
 
 COLUMNS = ("mean", "std", "min", "max")
 FONT = "DejaVu Sans Mono"  # comes with matplotlib
-PITCH = 0.125  # inches from one word to the next
+PITCH = 0.115  # inches from one word to the next
 LONGEST = 16  # letters of a word
 
 
@@ -64,8 +64,7 @@ def draw(pattern: Tensor, words: Sequence[str], path: str | Path, *, title: str 
         raise ValueError(f"the picture must be a file that ends in .png, got {str(path)!r}")
     across = math.ceil(math.sqrt(H))
     down = math.ceil(H / across)
-    side = min(max(2.2, 0.19 * T), max(4.5 if H > 1 else 7, 14 / across))  # inches of one head
-    side = min(side, max(2.2, 14 / across))
+    side = min(max(2.8, 0.19 * T), max(2.8, 14 / across))  # inches of one head
     figure = Figure(figsize=(across * side + 1.6, down * side + 1.2), layout="constrained")
     FigureCanvasAgg(figure)
     weights = pattern.double().masked_fill(pattern == 0, math.nan).cpu().numpy()
@@ -89,7 +88,12 @@ def draw(pattern: Tensor, words: Sequence[str], path: str | Path, *, title: str 
     figure.supylabel("the token that looks", fontsize=9, color="0.3")
     figure.supxlabel("the token it looks at", fontsize=9, color="0.3")
     bar = figure.colorbar(
-        image, ax=grid, shrink=0.5, aspect=30, pad=0.02, ticks=[0, 0.01, 0.05, 0.1, 0.25, 0.5, 1]
+        image,
+        ax=list(grid.flat[:H]),
+        shrink=0.5,
+        aspect=30,
+        pad=0.02,
+        ticks=[0, 0.01, 0.1, 0.25, 0.5, 1],
     )
     bar.ax.set_yticklabels([f"{t:.0%}" for t in bar.get_ticks()])
     bar.outline.set_visible(False)

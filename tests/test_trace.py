@@ -1,6 +1,7 @@
 """Step 16: the tensors inside are the model's own, on both sides, and looking changes nothing."""
 
 import math
+import warnings
 from pathlib import Path
 
 import pytest
@@ -140,6 +141,11 @@ def test_the_command_prints_the_table_and_draws(
     assert [file.name for file in tmp_path.iterdir()] == ["heads.png"]
     assert main([*line, "--attention", "2", "--output", str(path)]) == 2
     assert "--attention must be a layer from 0 to 1, got 2" in capsys.readouterr().err
+    assert main([*line, "--output", str(path)]) == 2
+    assert capsys.readouterr() == (
+        "",
+        "trace: --output is the drawing's file: tell the layer too, --attention LAYER\n",
+    )
 
 
 def test_labels_show_spaces_and_parts_of_characters(tokenizer: Tokenizer) -> None:
@@ -152,6 +158,36 @@ def test_labels_show_spaces_and_parts_of_characters(tokenizer: Tokenizer) -> Non
 def test_a_picture_wants_a_word_per_token(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="there must be a word for each of 3 tokens, got 2"):
         picture.draw(torch.zeros(2, 3, 3), ["a", "b"], tmp_path / "x.png")
+
+
+@pytest.mark.parametrize("name", ["", "heads", "heads.jpg", "folder.png"])
+def test_a_picture_is_a_png_file(name: str, tmp_path: Path) -> None:
+    (tmp_path / "folder.png").mkdir()
+    with pytest.raises(ValueError, match=r"must be a file that ends in \.png, got '.*" + name):
+        picture.draw(torch.ones(1, 1, 1), ["a"], tmp_path / name)
+
+
+def test_a_word_that_the_font_lacks_or_that_is_too_long_can_be_read() -> None:
+    assert picture._legible(["·ñ↵", "日x", "\x00", "-" * 16]) == [
+        "·ñ↵",
+        "U+65E5x",
+        "U+0000",
+        "-" * 16,
+    ]
+    assert picture._legible(["-" * 17]) == ["-" * 15 + "…"]
+
+
+@pytest.mark.parametrize(("heads", "tokens"), [(1, 1), (3, 2), (12, 40), (25, 200)])
+def test_a_picture_of_any_size_is_quiet_and_fits_a_screen(
+    heads: int, tokens: int, tmp_path: Path
+) -> None:
+    pattern = torch.ones(heads, tokens, tokens).tril().softmax(-1).tril()
+    words = ["日$x^", "·a", "#176", "↵"] * tokens
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # of a missing letter, of a layout that finds no room
+        picture.draw(pattern, words[:tokens], tmp_path / "x.png", title="$a")
+    header = (tmp_path / "x.png").read_bytes()[16:24]
+    assert max(int.from_bytes(header[:4], "big"), int.from_bytes(header[4:], "big")) <= 2400
 
 
 def test_both_sides_show_a_trace_alike() -> None:
