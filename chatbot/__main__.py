@@ -38,6 +38,7 @@ def parser() -> argparse.ArgumentParser:
     flags.add_argument(
         "--model", default=str(TUTOR), help="a directory or a hub id (default: the tutor)"
     )
+    flags.add_argument("--adapter", metavar="DIR", help="LoRA or adapters, to load onto it")
     flags.add_argument("--engine", choices=ENGINES, default="minigpt", help="what runs the model")
     flags.add_argument("--system", default="", metavar="TEXT", help="a system prompt")
     for name, meaning in {
@@ -69,6 +70,7 @@ def _chat(options: argparse.Namespace, language: str) -> int:
         options.model,
         sliding_window=given.get("sliding_window"),
         attention_sinks=given.get("attention_sinks", 0),
+        adapter=options.adapter,
     )
     settings = from_generation_config(generation_config(options.model))
     for name in NAMES:

@@ -68,8 +68,9 @@ def open_engine(
     *,
     sliding_window: int | None = None,
     attention_sinks: int = 0,
+    adapter: str | Path | None = None,
 ) -> Engine:
-    """Load `model`, a directory or a hub id, with one of ENGINES.
+    """Load `model`, a directory or a hub id, and `adapter` onto it, with one of ENGINES.
 
     Raises ValueError for a model that cannot be used, OSError if a download breaks off,
     ImportError if the engine's packages are not installed.
@@ -78,7 +79,7 @@ def open_engine(
         raise ValueError(f"engine must be {' or '.join(ENGINES)}, got {name!r}")
     module = importlib.import_module(ENGINES[name])
     return module.Engine.from_pretrained(
-        model, sliding_window=sliding_window, attention_sinks=attention_sinks
+        model, sliding_window=sliding_window, attention_sinks=attention_sinks, adapter=adapter
     )
 
 

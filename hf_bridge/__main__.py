@@ -37,6 +37,7 @@ def parser() -> argparse.ArgumentParser:
     root = argparse.ArgumentParser(prog="python -m hf_bridge", description="GPT-2 by transformers.")
     commands = root.add_subparsers(dest="command", required=True, metavar="COMMAND")
     generate = commands.add_parser("generate", help="continue a text")
+    generate.add_argument("--adapter", metavar="DIR", help="LoRA or adapters, to load onto it")
     generate.add_argument("--prompt", required=True, help="the text to continue")
     for flag, kind, default in (
         ("--max-new-tokens", int, 50),
@@ -87,6 +88,7 @@ def _generate(options: argparse.Namespace) -> None:
             options.model,
             sliding_window=options.sliding_window,
             attention_sinks=options.attention_sinks,
+            adapter=options.adapter,
         )
     else:
         engine = _placed(options)
@@ -110,7 +112,7 @@ def _generate(options: argparse.Namespace) -> None:
 def _placed(options: argparse.Namespace) -> "Engine":
     import torch
 
-    from hf_bridge import Tokenizer, placement
+    from hf_bridge import Tokenizer, adapters, placement
     from hf_bridge.engine import Engine
 
     gpu = torch.cuda.is_available()
@@ -122,6 +124,8 @@ def _placed(options: argparse.Namespace) -> "Engine":
         sliding_window=options.sliding_window,
         attention_sinks=options.attention_sinks,
     )
+    if options.adapter is not None:
+        adapters.load_either(model, options.adapter, base_model=options.model)
     return Engine(model, Tokenizer.from_pretrained(options.model), options.model)
 
 

@@ -19,13 +19,14 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers.activations import ACT2FN
 
-from hf_bridge import lora
+from hf_bridge import lora, peft_files
 from hf_bridge.config import GPTConfig
 from hf_bridge.files import WeightsError, read_json
 from hf_bridge.model import GPT
-from hf_bridge.peft_files import check
+from hf_bridge.peft_files import check, check_base
 
 CONFIG, WEIGHTS = "bottleneck_config.json", "bottleneck_model.safetensors"
+BASE = "base_model_name_or_path"  # as peft calls it
 POINTS = ("attn.resid_dropout", "mlp.dropout")
 
 
@@ -93,7 +94,7 @@ def adapt(
         parameter.requires_grad_(True)
 
 
-def save(model: GPT, folder: str | Path) -> None:
+def save(model: GPT, folder: str | Path, *, base_model: str | None = None) -> None:
     """Write the adapters, and the layer norms if they are theirs, as safetensors with a config."""
     config = next((m.config for m in model.modules() if isinstance(m, Adapter)), None)
     if config is None:
@@ -103,17 +104,26 @@ def save(model: GPT, folder: str | Path) -> None:
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
-    (folder / CONFIG).write_text(json.dumps(asdict(config), indent=2) + "\n")
+    settings = {**asdict(config), BASE: base_model}
+    (folder / CONFIG).write_text(json.dumps(settings, indent=2, ensure_ascii=False) + "\n", "utf-8")
 
 
-def load(model: GPT, folder: str | Path, *, trainable: bool = False) -> None:
+def load(
+    model: GPT,
+    folder: str | Path,
+    *,
+    trainable: bool = False,
+    base_model: str | None = None,
+) -> None:
     """Read what `save` wrote; the adapters train only if `trainable`. Errors as in minigpt."""
     folder = Path(folder)
     for path in (folder / CONFIG, folder / WEIGHTS):
         if not path.is_file():
             raise WeightsError(f"{path} is missing: {folder} holds no bottleneck adapters")
     try:
-        config = AdapterConfig(**read_json(folder / CONFIG))
+        settings = {BASE: None, **read_json(folder / CONFIG)}
+        made_for = settings.pop(BASE)
+        config = AdapterConfig(**settings)
         tensors = load_file(folder / WEIGHTS)
         with torch.device("meta"):
             blank = GPT(model.config)
@@ -121,10 +131,25 @@ def load(model: GPT, folder: str | Path, *, trainable: bool = False) -> None:
         check(tensors, {name: tuple(p.shape) for name, p in _own(blank, config).items()})
     except (SafetensorError, TypeError, ValueError) as error:
         raise WeightsError(f"{folder}: {error}") from error
+    check_base(folder / CONFIG, made_for, base_model)
     adapt(model, **asdict(config), generator=torch.Generator())
     with torch.no_grad():
         for name, parameter in _own(model, config).items():
             parameter.copy_(tensors[name]).requires_grad_(trainable)
+
+
+def load_either(model: GPT, folder: str | Path, *, base_model: str | None = None) -> None:
+    """Load bottleneck adapters or LoRA, whichever is there; errors as in load and lora.load."""
+    folder = Path(folder)
+    if (folder / CONFIG).is_file():
+        load(model, folder, base_model=base_model)
+    elif any(folder.glob("adapter_*")):
+        lora.load(model, folder, base_model=base_model)
+    else:
+        raise WeightsError(
+            f"{folder} holds no adapter: {peft_files.CONFIG} or {CONFIG} must be there "
+            "(finetune writes them into the directory best of its output)"
+        )
 
 
 class Row(NamedTuple):

@@ -47,8 +47,12 @@ class Engine:
         device: torch.device | str | None = None,
         sliding_window: int | None = None,
         attention_sinks: int = 0,
+        adapter: str | Path | None = None,
     ) -> "Engine":
-        """Load model and tokenizer; by default onto a GPU if there is one, else in float32."""
+        """Load model and tokenizer; by default onto a GPU if there is one, else in float32.
+
+        `adapter` is a directory with LoRA or bottleneck adapters, to load onto the model.
+        """
         device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         if dtype is None and device.type == "cpu":
             dtype = torch.float32
@@ -59,6 +63,10 @@ class Engine:
             sliding_window=sliding_window,
             attention_sinks=attention_sinks,
         )
+        if adapter is not None:
+            from hf_bridge import adapters  # peft takes its time
+
+            adapters.load_either(model, adapter, base_model=str(name_or_path))
         return cls(model, Tokenizer.from_pretrained(name_or_path), str(name_or_path))
 
     def encode(self, text: str) -> list[int]:

@@ -46,9 +46,14 @@ def read(folder: Path, base_model: str | None = None) -> tuple[LoraConfig, dict[
     if kind != "LORA":
         raise WeightsError(f"{path}: peft_type must be LORA, got {kind!r}")
     settings = PeftConfig.from_pretrained(folder)
-    base = settings.base_model_name_or_path
-    if base and base_model and Path(base).name != Path(base_model).name:
-        raise WeightsError(f"{path}: made for the base {base!r}, not {base_model!r}")
+    check_base(path, settings.base_model_name_or_path, base_model)
+    if isinstance(settings.target_modules, str):
+        raise WeightsError(
+            f"{path}: target_modules must be a list of names, got {settings.target_modules!r}"
+        )
+    if settings.init_lora_weights not in (True, False, "gaussian"):
+        start = settings.init_lora_weights
+        raise WeightsError(f"{path}: init_lora_weights {start!r} may change the base's own weights")
     path = folder / WEIGHTS
     if not path.is_file():
         if (folder / "adapter_model.bin").exists():
@@ -75,5 +80,20 @@ def check(tensors: Mapping[str, Tensor], shapes: Mapping[str, tuple[int, ...]]) 
         if tuple(tensor.shape) != shapes[name]:
             got = tuple(tensor.shape)
             raise ValueError(f"{name} must be {shapes[name]} on this base, got {got}")
-        if not torch.isfinite(tensor).all():
+        if not (tensor.is_floating_point() and torch.isfinite(tensor).all()):
             raise ValueError(f"{name} must hold finite numbers, got NaN or infinity")
+
+
+def check_base(path: Path, made_for: str | None, base_model: str | None) -> None:
+    """Raise WeightsError for an adapter of another base, where both are told."""
+    if made_for and base_model and _last(made_for) != _last(base_model):
+        raise WeightsError(
+            f"{path}: made for the base {made_for!r}, not {base_model!r}: give that one, or, where "
+            "this is the same, change base_model_name_or_path in the file"
+        )
+
+
+def _last(name: object) -> str:
+    """What a directory or a hub id is called: people move the one and mirror the other."""
+    path = Path(str(name)).expanduser()
+    return (path.resolve() if path.is_dir() else path).name

@@ -35,6 +35,7 @@ def parser() -> argparse.ArgumentParser:
 
     command = commands.add_parser("generate", help="continue a text")
     _add_model(command)
+    command.add_argument("--adapter", metavar="DIR", help="LoRA or adapters, to load onto it")
     command.add_argument("--prompt", required=True, help="the text to continue")
     command.add_argument("--max-new-tokens", type=int, default=50, metavar="N")
     command.add_argument("--temperature", type=float, default=1.0, help="0: the likeliest token")
@@ -86,6 +87,7 @@ def _generate(options: argparse.Namespace) -> None:
         options.model,
         sliding_window=options.sliding_window,
         attention_sinks=options.attention_sinks,
+        adapter=options.adapter,
     )
     decoder = engine.stream_decoder()
     tokens = engine.stream(

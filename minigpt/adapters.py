@@ -20,13 +20,14 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from minigpt import lora
+from minigpt import lora, peft_files
 from minigpt.config import GPTConfig
 from minigpt.files import WeightsError, read_json, save_tensors, write_json
 from minigpt.model import GPT
-from minigpt.peft_files import check
+from minigpt.peft_files import check, check_base
 
 CONFIG, WEIGHTS = "bottleneck_config.json", "bottleneck_model.safetensors"
+BASE = "base_model_name_or_path"  # as peft calls it
 POINTS = ("attn.resid_dropout", "mlp.dropout")  # the last thing that each half of a block does
 STD = 0.01  # of the normal distribution, cut off at two of these
 
@@ -100,9 +101,10 @@ def adapt(
         parameter.requires_grad_(True)
 
 
-def save(model: GPT, folder: str | Path) -> None:
+def save(model: GPT, folder: str | Path, *, base_model: str | None = None) -> None:
     """Write the adapters, and the layer norms if they are theirs, as safetensors with a config.
 
+    `base_model` is the name of the model that they are for, for whoever loads them.
     Raises ValueError for a model without adapters, or with weights that are NaN.
     """
     config = next((m.config for m in model.modules() if isinstance(m, Adapter)), None)
@@ -113,10 +115,16 @@ def save(model: GPT, folder: str | Path) -> None:
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     save_tensors(tensors, folder / WEIGHTS)
-    write_json(folder / CONFIG, asdict(config))
+    write_json(folder / CONFIG, {**asdict(config), BASE: base_model})
 
 
-def load(model: GPT, folder: str | Path, *, trainable: bool = False) -> None:
+def load(
+    model: GPT,
+    folder: str | Path,
+    *,
+    trainable: bool = False,
+    base_model: str | None = None,
+) -> None:
     """Read what `save` wrote; the adapters train only if `trainable`.
 
     Raises WeightsError, the model being as before, unless the files hold just what this base needs.
@@ -126,7 +134,9 @@ def load(model: GPT, folder: str | Path, *, trainable: bool = False) -> None:
         if not path.is_file():
             raise WeightsError(f"{path} is missing: {folder} holds no bottleneck adapters")
     try:
-        config = AdapterConfig(**read_json(folder / CONFIG))
+        settings = {BASE: None, **read_json(folder / CONFIG)}
+        made_for = settings.pop(BASE)
+        config = AdapterConfig(**settings)
         tensors = load_file(folder / WEIGHTS)
         with torch.device("meta"):  # names and shapes, no memory
             blank = GPT(model.config)
@@ -134,10 +144,25 @@ def load(model: GPT, folder: str | Path, *, trainable: bool = False) -> None:
         check(tensors, {name: tuple(p.shape) for name, p in _own(blank, config).items()})
     except (SafetensorError, TypeError, ValueError) as error:
         raise WeightsError(f"{folder}: {error}") from error
+    check_base(folder / CONFIG, made_for, base_model)
     adapt(model, **asdict(config), generator=torch.Generator())
     with torch.no_grad():
         for name, parameter in _own(model, config).items():
             parameter.copy_(tensors[name]).requires_grad_(trainable)
+
+
+def load_either(model: GPT, folder: str | Path, *, base_model: str | None = None) -> None:
+    """Load bottleneck adapters or LoRA, whichever is there; errors as in load and lora.load."""
+    folder = Path(folder)
+    if (folder / CONFIG).is_file():
+        load(model, folder, base_model=base_model)
+    elif any(folder.glob("adapter_*")):
+        lora.load(model, folder, base_model=base_model)
+    else:
+        raise WeightsError(
+            f"{folder} holds no adapter: {peft_files.CONFIG} or {CONFIG} must be there "
+            "(finetune writes them into the directory best of its output)"
+        )
 
 
 class Row(NamedTuple):

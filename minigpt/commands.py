@@ -48,6 +48,7 @@ def add_training(commands: Any) -> None:
     command = commands.add_parser("eval", help="measure a model on texts")
     command.add_argument("--model", required=True, help="a directory, or a hub id such as gpt2")
     command.add_argument("--data", required=True, help="a text file, a .jsonl, or a directory")
+    command.add_argument("--adapter", metavar="DIR", help="LoRA or adapters, to load onto it")
     command.add_argument("--max-length", type=int, help="of the window (the context)")
     command.add_argument("--stride", type=int, help="of the window (half of it)")
     command.add_argument("--seed", type=int, default=0, help="of the texts it writes")

@@ -105,6 +105,15 @@ def check(tensors: Mapping[str, Tensor], shapes: Mapping[str, tuple[int, ...]]) 
             raise ValueError(f"{name} must hold finite numbers, got NaN or infinity")
 
 
+def check_base(path: Path, made_for: str | None, base_model: str | None) -> None:
+    """Raise WeightsError for an adapter of another base, where both are told."""
+    if made_for and base_model and _last(made_for) != _last(base_model):
+        raise WeightsError(
+            f"{path}: made for the base {made_for!r}, not {base_model!r}: give that one, or, where "
+            "this is the same, change base_model_name_or_path in the file"
+        )
+
+
 def _read_config(folder: Path, base_model: str | None) -> dict[str, Any]:
     path = folder / CONFIG
     if not path.is_file():
@@ -114,9 +123,7 @@ def _read_config(folder: Path, base_model: str | None) -> dict[str, Any]:
         raise WeightsError(f"{path} must hold a JSON object, got {type(published).__name__}")
     if published.get("peft_type") != "LORA":
         raise WeightsError(f"{path}: peft_type must be LORA, got {published.get('peft_type')!r}")
-    base = published.get("base_model_name_or_path")
-    if base and base_model and Path(base).name != Path(base_model).name:
-        raise WeightsError(f"{path}: made for the base {base!r}, not {base_model!r}")
+    check_base(path, published.get("base_model_name_or_path"), base_model)
     if published.get("init_lora_weights", True) not in (True, False, "gaussian"):
         start = published["init_lora_weights"]
         raise WeightsError(f"{path}: init_lora_weights {start!r} may change the base's own weights")
@@ -136,3 +143,9 @@ def _read_config(folder: Path, base_model: str | None) -> dict[str, Any]:
         ours: known[theirs] if ours != "targets" else tuple(sorted(known[theirs]))
         for ours, theirs in NAMES.items()
     }
+
+
+def _last(name: object) -> str:
+    """What a directory or a hub id is called: people move the one and mirror the other."""
+    path = Path(str(name)).expanduser()
+    return (path.resolve() if path.is_dir() else path).name

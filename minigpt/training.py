@@ -95,6 +95,7 @@ def finetune_model(options: argparse.Namespace) -> None:
         total += trained if options.method != "full" else 0
         if first:
             _say(f"training {trained:,} of {total:,} parameters ({trained / total:.2%})")
+            _compare(options, model.config)
         length = min(options.max_length, model.config.n_positions)
         collate = Causal(tokenizer.eos_token_id or 0, length)
         best = _run(options, model, rows, collate, tokenizer, save)
@@ -109,8 +110,10 @@ def finetune_model(options: argparse.Namespace) -> None:
             plain.save_pretrained(folder)
         if quantized:
             _say(f"wrote {folder / BEST}, perplexity {best:,.4g}: merge it into the float model")
+            _say(f"python -m chatbot --model {options.model} --adapter {folder / BEST}")
         elif options.method == "adapters":
             _say(f"wrote {folder / BEST}, perplexity {best:,.4g}: adapters to load onto the model")
+            _say(f"python -m chatbot --model {options.model} --adapter {folder / BEST}")
         else:
             tokenizer.save_pretrained(folder)
             _say(f"wrote {folder}, perplexity {best:,.4g}; python -m chatbot --model {folder}")
@@ -119,6 +122,8 @@ def finetune_model(options: argparse.Namespace) -> None:
 def evaluate_model(options: argparse.Namespace) -> None:
     """Perplexity by a moving window over each document, and how varied its own texts are."""
     model = GPT.from_pretrained(options.model, dtype=torch.float32, device=_device())
+    if options.adapter is not None:
+        adapters.load_either(model, options.adapter, base_model=options.model)
     tokenizer = Tokenizer.from_pretrained(options.model)
     texts = ("".join(pieces) for pieces in read_documents(options.data))
     rows = (ids for text in texts if len(ids := tokenizer.encode(text)) > 1)
@@ -233,9 +238,19 @@ def _method(options: argparse.Namespace, model: GPT) -> Callable[[GPT, Path], No
         return partial(lora.save, base_model=options.model)
     if options.method == "adapters":
         adapters.adapt(model, width=options.width, generator=generator)
-        return adapters.save
+        return partial(adapters.save, base_model=options.model)
     model.requires_grad_(True)
     return GPT.save_pretrained
+
+
+def _compare(options: argparse.Namespace, config: GPTConfig) -> None:
+    """How many parameters each method trains; the chosen one is marked."""
+    how = {"rank": options.rank, "targets": options.targets, "width": options.width}
+    _say("method                       trainable   of all")
+    for row in adapters.parameter_table(config, **how):
+        mark = "  <-" if row.method.lower() == options.method else ""
+        part = row.trainable / row.total
+        _say(f"{row.method:<24}{row.trainable:>14,}{part:>9.2%}{mark}")
 
 
 def _is_quantized(model: GPT) -> bool:

@@ -7,12 +7,15 @@ from pathlib import Path
 import pytest
 import torch
 from parity import assert_close
-from parity_lora import Base, check_adapters, loss_of, new_base, wide_adapters
+from parity_lora import Base, adapted_pair, check_adapters, loss_of, new_base, wide_adapters
 from safetensors.torch import load_file, save_file
 
-import hf_bridge
+import chatbot.__main__
+import hf_bridge.__main__
+import minigpt.__main__
 from hf_bridge import adapters as bridge
 from minigpt import GPT, GPTConfig, WeightsError, adapters, lora
+from minigpt.files import copy_texts
 
 IDS = torch.arange(20)[None]
 SIDES = ((GPT, adapters), (hf_bridge.GPT, bridge))
@@ -229,7 +232,7 @@ SPOILED = [
     (configured('{"width": 6}'), "down.bias must be (6,) on this base, got (5,)"),
     (configured('{"width": 0}'), "width must be a whole number of at least 1, got 0"),
     (configured('{"size": 5}'), "unexpected keyword argument 'size'"),
-    (configured("[]"), "must be a mapping"),
+    (configured("[]"), "'list' object is not a mapping"),
     (configured("width: 5"), f"{CONFIG} is not valid JSON"),
     (configured('{"width": 5, "layer_norms": true}'), "h.0.ln_1.bias is missing: its layer would"),
     (replaced(KEY, None), f"{KEY} is missing: its layer would compute as the base does"),
@@ -250,6 +253,87 @@ def test_a_spoiled_file_is_refused_and_changes_nothing(
         with pytest.raises(error, match=re.escape(message)):
             step.load(model, saved)
         assert str(model) == before
+
+
+def test_adapters_of_another_base_are_refused_by_name(base: Base, tmp_path: Path) -> None:
+    model = GPT.from_pretrained(base.folder)
+    adapters.adapt(model, width=4)
+    adapters.save(model, tmp_path, base_model="org/base")
+    for side, step in SIDES:
+        other = side.from_pretrained(base.folder)
+        before = str(other)
+        with pytest.raises(ValueError, match="made for the base 'org/base', not 'gpt2': give that"):
+            step.load(other, tmp_path, base_model="gpt2")
+        assert str(other) == before
+        step.load(other, tmp_path, base_model="elsewhere/base")
+
+
+def test_either_kind_is_known_by_its_files(base: Base, saved: Path, tmp_path: Path) -> None:
+    wide = adapted_pair(base).ours
+    lora.save(wide, tmp_path / "lora")
+    bottleneck = GPT.from_pretrained(base.folder, dtype=torch.float64)
+    adapters.load(bottleneck, saved)
+    for side, step in SIDES:
+        for folder, expected in ((saved, bottleneck), (tmp_path / "lora", wide)):
+            model = side.from_pretrained(base.folder, dtype=torch.float64)
+            step.load_either(model, folder)
+            assert_close(model(IDS), expected(IDS))
+        with pytest.raises(ValueError, match="holds no adapter: adapter_"):
+            step.load_either(side.from_pretrained(base.folder), base.folder)
+        (tmp_path / "lora" / "adapter_config.json").rename(tmp_path / "kept")
+        with pytest.raises(ValueError, match=r"adapter_config\.json is missing: an adapter's"):
+            step.load_either(side.from_pretrained(base.folder), tmp_path / "lora")
+        (tmp_path / "kept").rename(tmp_path / "lora" / "adapter_config.json")
+
+
+def strong(chat_model: Path, folder: Path) -> dict[str, Path]:
+    """Adapters of both kinds that change the replies, and what LoRA merged into the model is."""
+    generator = torch.Generator().manual_seed(0)
+    for kind, step in (("lora", lora), ("bottleneck", adapters)):
+        model = GPT.from_pretrained(chat_model)
+        step.adapt(model)
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                torch.nn.init.normal_(parameter, std=0.3, generator=generator)
+        step.save(model, folder / kind, base_model=str(chat_model))
+        if kind == "lora":
+            lora.merge(model)
+            model.save_pretrained(folder / "merged")
+            copy_texts(chat_model, folder / "merged")
+    return {path.name: path for path in folder.iterdir()}
+
+
+def test_every_command_that_speaks_or_measures_takes_an_adapter(
+    chat_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    saved = strong(chat_model, tmp_path / "saved")
+    text = tmp_path / "text.txt"
+    text.write_text("¿Qué es la caché KV? Hola, ¿qué tal?", "utf-8")
+    short = ["--temperature", "0", "--max-new-tokens", "12"]
+    commands = {
+        minigpt.__main__.main: (["generate", "--prompt", "Hola", *short], ["eval"]),
+        hf_bridge.__main__.main: (["generate", "--prompt", "Hola", *short], ["eval"]),
+        chatbot.__main__.main: (["-p", "Hola", *short], ["-p", "Hola", "--engine", "hf", *short]),
+    }
+    for main, lines in commands.items():
+        for line in lines:
+            if line == ["eval"]:
+                line = [*line, "--data", str(text)]
+            said = []
+            for model, adapter in (
+                (chat_model, None),
+                (saved["merged"], None),
+                (chat_model, saved["lora"]),
+                (chat_model, saved["bottleneck"]),
+            ):
+                flags = ["--model", str(model)]
+                flags += ["--adapter", str(adapter)] if adapter is not None else []
+                assert main([*line, *flags]) == 0, capsys.readouterr().err
+                said.append(capsys.readouterr().out)
+            assert said[1] == said[2]
+            assert len(set(said)) == 3, "an adapter changed nothing"
+            assert main([*line, "--model", str(saved["merged"]), "--adapter", flags[-1]]) == 2
+            assert "made for the base '" in capsys.readouterr().err
 
 
 def test_weights_that_are_nan_are_not_saved(base: Base, tmp_path: Path) -> None:

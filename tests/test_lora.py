@@ -394,6 +394,10 @@ def with_nan(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     return {**tensors, KEY: torch.full((8, 48), torch.nan)}
 
 
+def whole_numbers(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    return {**tensors, KEY: torch.ones(8, 48, dtype=torch.int64)}
+
+
 SPOILED = [
     (without_config, r"adapter_config.json is missing: an adapter's directory holds it and"),
     (without_weights, r"adapter_model.safetensors is missing: the adapter has no weights"),
@@ -408,11 +412,14 @@ SPOILED = [
     (with_tensors(with_a_fourth_block), r"h.3.attn.c_attn.lora_A(.weight)? is expected by no "),
     (with_tensors(wider), r"lora_A(.weight)? must be \(8, 48\) on this base, got \(8, 64\)"),
     (with_tensors(with_nan), r"c_attn.lora_A(.weight)? must hold finite numbers, got NaN"),
+    (with_tensors(whole_numbers), r"c_attn.lora_A(.weight)? must hold finite numbers, got NaN"),
+    (configured(target_modules="all-linear"), r"must be a list of names, got 'all-linear'"),
+    (configured(init_lora_weights="pissa"), r"'pissa' may change the base's own weights"),
 ]
 
 
 @pytest.mark.parametrize(
-    ("spoil", "message"), SPOILED, ids=[message[:30] for _, message in SPOILED]
+    ("spoil", "message"), SPOILED, ids=[message[-30:] for _, message in SPOILED]
 )
 def test_a_spoiled_adapter_is_refused_and_changes_nothing(
     base: Base, saved: Path, spoil: Any, message: str
@@ -470,9 +477,18 @@ def test_what_we_do_not_compute_is_not_loaded(
 
 def test_an_adapter_of_another_base_is_refused_by_name(base: Base, saved: Path) -> None:
     for side, step in ((GPT, lora), (hf_bridge.GPT, bridge)):
-        with pytest.raises(ValueError, match="made for the base 'org/base', not 'gpt2'"):
+        with pytest.raises(ValueError, match="made for the base 'org/base', not 'gpt2': give "):
             step.load(side.from_pretrained(base.folder), saved, base_model="gpt2")
         step.load(side.from_pretrained(base.folder), saved, base_model="elsewhere/base")
+
+
+def test_a_base_is_known_by_its_directorys_name(
+    base: Base, saved: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "base").mkdir()
+    monkeypatch.chdir(tmp_path / "base")
+    for side, step in ((GPT, lora), (hf_bridge.GPT, bridge)):
+        step.load(side.from_pretrained(base.folder), saved, base_model=".")
 
 
 def test_an_adapter_of_a_wider_base_is_refused_by_shape(saved: Path, tmp_path: Path) -> None:

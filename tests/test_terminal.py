@@ -1,5 +1,6 @@
 """The real program in a pseudo-terminal, driven as a person would."""
 
+import codecs
 import os
 import re
 import select
@@ -27,6 +28,7 @@ class Screen:
         )  # fmt: skip
         os.close(slave)
         self.seen = ""
+        self.decoder = codecs.getincrementaldecoder("utf-8")("replace")  # "…" may come in pieces
 
     def wait(self, pattern: str, seconds: float = 60) -> str:
         """What was shown since the last wait, up to the pattern."""
@@ -35,7 +37,7 @@ class Screen:
             assert time.monotonic() < end, f"no {pattern!r} in {self.seen!r}"
             if select.select([self.master], [], [], 0.1)[0]:
                 try:
-                    self.seen += os.read(self.master, 65536).decode(errors="replace")
+                    self.seen += self.decoder.decode(os.read(self.master, 65536))
                 except OSError:  # the program has gone
                     assert re.search(pattern, self.seen), self.seen
         shown, self.seen = self.seen[: match.end()], self.seen[match.end() :]

@@ -145,8 +145,13 @@ def test_fine_tuning_by_every_method_lowers_the_loss_of_the_completions(
     total = sum(p.numel() for p in GPT.from_pretrained(trained["minigpt"]).parameters())
     if method == "full":
         assert f"training {total:,} of {total:,} parameters (100.00%)" in told
+    marked = [line for line in told.splitlines() if line.endswith("  <-")]
+    assert [line.split()[0] for line in marked] == [{"lora": "LoRA"}.get(method, method)]
+    assert re.search(rf"\nfull +{total:,} +100\.00%", told)
     if method == "adapters":
         assert not (output / "model.safetensors").exists()
+        words = f"python -m chatbot --model {trained['minigpt']} --adapter {output / 'best'}\n"
+        assert told.endswith(words)
         assert any((output / "best").glob("*.safetensors"))
         return
     model = GPT.from_pretrained(output)
