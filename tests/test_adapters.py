@@ -303,37 +303,48 @@ def strong(chat_model: Path, folder: Path) -> dict[str, Path]:
     return {path.name: path for path in folder.iterdir()}
 
 
-def test_every_command_that_speaks_or_measures_takes_an_adapter(
-    chat_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+GREEDY = "--temperature 0 --max-new-tokens 12"
+COMMANDS = {
+    "minigpt generate": (minigpt.__main__.main, f"generate --prompt Hola {GREEDY}"),
+    "hf_bridge generate": (hf_bridge.__main__.main, f"generate --prompt Hola {GREEDY}"),
+    "placed": (hf_bridge.__main__.main, f"generate --prompt Hola --device-map cpu {GREEDY}"),
+    "chatbot": (chatbot.__main__.main, f"-p Hola {GREEDY}"),
+    "chatbot hf": (chatbot.__main__.main, f"-p Hola --engine hf {GREEDY}"),
+    "minigpt eval": (minigpt.__main__.main, "eval --data text.txt --max-length 64"),
+    "hf_bridge eval": (hf_bridge.__main__.main, "eval --data text.txt --max-length 64"),
+}
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_commands_take_an_adapter_as_if_it_were_merged(
+    command: str,
+    chat_model: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     saved = strong(chat_model, tmp_path / "saved")
-    text = tmp_path / "text.txt"
-    text.write_text("¿Qué es la caché KV? Hola, ¿qué tal?", "utf-8")
-    short = ["--temperature", "0", "--max-new-tokens", "12"]
-    commands = {
-        minigpt.__main__.main: (["generate", "--prompt", "Hola", *short], ["eval"]),
-        hf_bridge.__main__.main: (["generate", "--prompt", "Hola", *short], ["eval"]),
-        chatbot.__main__.main: (["-p", "Hola", *short], ["-p", "Hola", "--engine", "hf", *short]),
-    }
-    for main, lines in commands.items():
-        for line in lines:
-            if line == ["eval"]:
-                line = [*line, "--data", str(text)]
-            said = []
-            for model, adapter in (
-                (chat_model, None),
-                (saved["merged"], None),
-                (chat_model, saved["lora"]),
-                (chat_model, saved["bottleneck"]),
-            ):
-                flags = ["--model", str(model)]
-                flags += ["--adapter", str(adapter)] if adapter is not None else []
-                assert main([*line, *flags]) == 0, capsys.readouterr().err
-                said.append(capsys.readouterr().out)
-            assert said[1] == said[2]
-            assert len(set(said)) == 3, "an adapter changed nothing"
-            assert main([*line, "--model", str(saved["merged"]), "--adapter", flags[-1]]) == 2
-            assert "made for the base '" in capsys.readouterr().err
+    (tmp_path / "text.txt").write_text("¿Qué es la caché KV? Hola, ¿qué tal?", "utf-8")
+    monkeypatch.chdir(tmp_path)
+    main, line = COMMANDS[command]
+
+    def told(*flags: object) -> str:
+        assert main([*line.split(), *map(str, flags)]) == 0, capsys.readouterr().err
+        return capsys.readouterr().out
+
+    base, merged = told("--model", chat_model), told("--model", saved["merged"])
+    beside = told("--model", chat_model, "--adapter", saved["lora"])
+    bottleneck = told("--model", chat_model, "--adapter", saved["bottleneck"])
+    if "eval" in command:
+        loss = float(merged.split()[1])
+        assert float(beside.split()[1]) == pytest.approx(loss, rel=1e-4)  # float32
+    else:
+        assert beside == merged
+    assert len({base, merged, bottleneck}) == 3, "an adapter changed nothing"
+    for kind in ("lora", "bottleneck"):
+        words = ["--model", str(saved["merged"]), "--adapter", str(saved[kind])]
+        assert main([*line.split(), *words]) == 2
+        assert "made for the base '" in capsys.readouterr().err
 
 
 def test_weights_that_are_nan_are_not_saved(base: Base, tmp_path: Path) -> None:
