@@ -13,7 +13,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from random import Random
 
-from chatbot.tutor.wording import casing, invent_name, relax, thin, without_accents, words_of
+from chatbot.tutor.wording import (
+    casing,
+    contract,
+    invent_name,
+    relax,
+    thin,
+    without_accents,
+    words_of,
+)
 
 LANGUAGES = ("es", "en")
 FOLDER = Path(__file__).parent / "dialogues"
@@ -127,8 +135,8 @@ class Conversations:
     def _turn(self, random: Random, state: "_State", style: str, personal: bool) -> tuple[str, str]:
         """The user's message and the right reply; the state remembers what it was about."""
         weights = {
-            self._topic: 4.0 if not personal else 1.0,
-            self._unknown: 0.9 if not personal else 0.3,
+            self._topic: 4.0 if not personal else 1.3,
+            self._unknown: 1.7 if not personal else 0.5,
             self._small_talk: 0.3 if not personal else 0.4,
             self._repeat: 0.1 if not personal else 0.6,
             self._tell: 0.15 if not personal else 2.0,
@@ -150,7 +158,7 @@ class Conversations:
             way = random.random()
             if way < 0.35:
                 frame = thin(random, random.choice(self.dialogues.carriers[f"{language} named"]))
-                return frame.replace("{term}", casing(random, random.choice(terms)))
+                return contract(frame.replace("{term}", casing(random, random.choice(terms))))
             kind = "named" if way < 0.55 else "unnamed"
             return thin(random, random.choice(topic[f"{language} {kind}"]), kept)
 

@@ -65,6 +65,15 @@ def casing(random: Random, term: str) -> str:
     return term.upper() if way < 0.45 else term
 
 
+def contract(text: str) -> str:
+    """Spanish joins de and a with el.
+
+    >>> contract("¿Para qué sirve eso de el relleno?")
+    '¿Para qué sirve eso del relleno?'
+    """
+    return re.sub(r"\b(de|a) el\b", r"\1l", text)
+
+
 def relax(random: Random, text: str, rate: float) -> str:
     """Type carelessly: with probability `rate` lose case, accents or signs; seldom a letter."""
     if random.random() < rate:
