@@ -11,11 +11,7 @@ from minigpt.commands import add_quantize, add_training
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command: 0 if it worked, 2 for what the user gave, 1 for a failure of the system."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
-    # Hands know both spellings of a flag, --top_p and --top-p.
-    arguments = [
-        a.replace("_", "-") if a.startswith("--") and "=" not in a else a for a in arguments
-    ]
-    options = parser().parse_args(arguments)
+    options = parser().parse_args(list(map(_dashed, arguments)))
     try:
         options.run(options)
     except KeyboardInterrupt:
@@ -71,6 +67,12 @@ def parser() -> argparse.ArgumentParser:
 
     add_training(commands)
     return root
+
+
+def _dashed(argument: str) -> str:
+    """Hands know both spellings of a flag: --top_p and --top-p, --top_p=1 too."""
+    name, equals, value = argument.partition("=")
+    return (name.replace("_", "-") if name.startswith("--") else name) + equals + value
 
 
 def _add_model(command: argparse.ArgumentParser) -> None:

@@ -121,6 +121,8 @@ def _lines(file: Path) -> Iterator[bytes]:
 
 def _field(line: bytes, place: str, name: str = "text") -> str:
     try:
-        return clean(json.loads(line)[name])
+        text = clean(json.loads(line)[name])
+        text.encode()  # JSON can spell half of a surrogate pair, which is no character
+        return text
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f'{place} must be {{"{name}": …}}, got {line[:40]!r}') from error

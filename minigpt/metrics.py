@@ -36,12 +36,18 @@ class Scores(NamedTuple):
 def evaluate(model: GPT, batches: Iterable[Mapping[str, Tensor]]) -> dict[str, float]:
     """Loss and perplexity over batches, every token weighing the same, whatever its batch.
 
-    Raises ValueError if no token counts.
+    Raises ValueError if no token counts, FloatingPointError if a loss is no number.
     """
     losses, tokens = 0.0, 0
-    for batch in batches:
+    for i, batch in enumerate(batches):
         batch = {name: tensor.to(model.device) for name, tensor in batch.items()}
-        losses += summed_loss(model, batch).item()
+        loss = summed_loss(model, batch).item()
+        if not math.isfinite(loss):
+            raise FloatingPointError(
+                f"the loss of batch {i} is {loss}: the weights have grown too large, "
+                "train again with a lower learning rate"
+            )
+        losses += loss
         tokens += count_tokens(batch)
     if not tokens:
         raise ValueError("there is no token to predict in these batches")

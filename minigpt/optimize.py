@@ -91,6 +91,8 @@ class TrainConfig:
             )
         if not 0 <= self.min_lr_rate <= 1:
             raise ValueError(f"min_lr_rate must be in [0, 1], got {self.min_lr_rate}")
+        if not 0 <= self.seed < 2**32:  # numpy, and so transformers, takes no other
+            raise ValueError(f"seed must be in [0, 2**32), got {self.seed}")
 
 
 def learning_rate(step: int, config: TrainConfig) -> float:

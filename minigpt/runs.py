@@ -11,6 +11,7 @@ in safetensors, the rest is JSON: no file can run code.
 Twin: hf_bridge/train.py.  Proof: tests/test_train.py.
 """
 
+import io
 import json
 import os
 import re
@@ -99,11 +100,17 @@ def find_checkpoint(folder: Path | None) -> Path | None:
 
 def check_folder(folder: Path | None, resume: bool) -> Path | None:
     """The checkpoint to go on from, or None for a new run; ValueError if it is not as meant."""
+    if folder is None:
+        return None
+    if file := next((path for path in (folder, *folder.parents) if path.is_file()), None):
+        raise ValueError(f"{file} is a file: give a directory to write")
     checkpoint = find_checkpoint(folder)
     if resume and checkpoint is None:
-        raise ValueError(f"{folder} has no checkpoint to resume from")
+        raise ValueError(f"{folder} has no checkpoint to resume from: begin anew")
     if checkpoint is not None and not resume:
         raise ValueError(f"{checkpoint} is there already: resume it, or give another directory")
+    if checkpoint is None and (folder / "config.json").exists():
+        raise ValueError(f"{folder} holds a model, which a run would replace: give another one")
     return checkpoint
 
 
@@ -119,7 +126,7 @@ def load_checkpoint(
     Raises ValueError, and changes nothing, if the checkpoint is of a run with other settings.
     """
     state = read_json(path / STATE)
-    _compare(path, _flat(state["settings"]), _flat(json.loads(json.dumps(settings))))
+    compare(path, state["settings"], settings)
     weights, moments = load_file(path / WEIGHTS), load_file(path / MOMENTS)
     for name, p in model.named_parameters():
         if not p.requires_grad:
@@ -129,6 +136,19 @@ def load_checkpoint(
             if f"{name}.{key}" in moments:  # a parameter that has had no gradient yet has none
                 optimizer.state[p][key] = moments[f"{name}.{key}"].to(p.device)
     return state
+
+
+def compare(path: Path, there: Mapping[str, Any], here: Mapping[str, Any]) -> None:
+    """Raise ValueError, naming the first three, if settings differ from those in a run's file."""
+    there, here = _flat(there), _flat(json.loads(json.dumps(here)))
+    wrong = [
+        f"{name} is {there.get(name)} there, {here.get(name)} here"
+        for name in dict.fromkeys([*there, *here])
+        if there.get(name) != here.get(name)
+    ]
+    if wrong:
+        more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
+        raise ValueError(f"{path} is of another run: {', '.join(wrong[:3])}{more}")
 
 
 def draw_curves(records: Sequence[Record], path: Path) -> None:
@@ -158,9 +178,9 @@ def draw_curves(records: Sequence[Record], path: Path) -> None:
     rate.set_xlabel("step")
     for axes in (loss, rate):
         axes.grid(alpha=0.3)
-    part = path.with_name(f".{path.name}.part")
-    figure.savefig(part, format="png", dpi=120)
-    os.replace(part, path)
+    picture = io.BytesIO()
+    figure.savefig(picture, format="png", dpi=120)
+    write_atomically(path, picture.getvalue())
 
 
 def _checkpoints(folder: Path) -> list[Path]:
@@ -188,17 +208,6 @@ def _read_log(path: Path) -> list[Record]:
 
 def _line(record: Record) -> str:
     return json.dumps(record) + "\n"
-
-
-def _compare(path: Path, there: Mapping[str, Any], here: Mapping[str, Any]) -> None:
-    wrong = [
-        f"{name} is {there.get(name)} there, {here.get(name)} here"
-        for name in dict.fromkeys([*there, *here])
-        if there.get(name) != here.get(name)
-    ]
-    if wrong:
-        more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
-        raise ValueError(f"{path} is of another run: {', '.join(wrong[:3])}{more}")
 
 
 def _flat(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

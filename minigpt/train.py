@@ -64,7 +64,7 @@ def train(
 
     Raises FloatingPointError, before the weights are touched, if a loss or gradient is no number,
     ValueError for a folder or checkpoint of another run, OSError if the disk is full; the last
-    checkpoint stays.
+    checkpoint and the best model stay.
     """
     from tqdm import tqdm
 
@@ -89,7 +89,7 @@ def train(
             bar.set_postfix(_shown(line))
             last = state["step"] == config.max_steps
             if evaluate is not None and (last or _due(config.eval_steps, state["step"])):
-                log.write(line := {"step": state["step"], **_evaluated(model, evaluate)})
+                log.write(line := _evaluated(model, evaluate, state["step"]))
                 if progress:
                     bar.write(_told(line), file=sys.stderr)
                 if _better(line, state, config) and folder is not None:
@@ -98,6 +98,7 @@ def train(
             due = config.save_steps and (last or _due(config.save_steps, state["step"]))
             if due and folder is not None:
                 runs.save_checkpoint(folder, model, optimizer, {**state, "settings": settings})
+                runs.draw_curves(log.records, folder / runs.CURVES)
         if folder is not None:
             runs.draw_curves(log.records, folder / runs.CURVES)
     model.eval()
@@ -132,10 +133,13 @@ def _settings(model: GPT, batches: Callable[[int], Batch], config: TrainConfig) 
     }
 
 
-def _evaluated(model: GPT, evaluate: Callable[[GPT], Record]) -> Record:
+def _evaluated(model: GPT, evaluate: Callable[[GPT], Record], step: int) -> Record:
     model.eval()
-    with torch.inference_mode():
-        return {f"eval_{name}": value for name, value in evaluate(model).items()}
+    try:
+        with torch.inference_mode():
+            return {"step": step} | {f"eval_{k}": value for k, value in evaluate(model).items()}
+    except FloatingPointError as error:
+        raise FloatingPointError(f"the evaluation after step {step} failed: {error}") from error
 
 
 def _better(line: Record, state: Record, config: TrainConfig) -> bool:

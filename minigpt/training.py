@@ -8,6 +8,7 @@ Twin: hf_bridge/training.py.  Proof: tests/test_training.py.
 
 import argparse
 import os
+import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -21,22 +22,24 @@ import torch
 import torch.distributed as dist
 
 from minigpt import adapters, lora, metrics
-from minigpt.batches import Batches, Causal, Example, seeded, split
+from minigpt.batches import IGNORED, Batches, Causal, Example, seeded, split
 from minigpt.config import GPTConfig
 from minigpt.corpus import read_documents, read_pairs
 from minigpt.data import Chunks, check_chunks, coverage, write_chunks
 from minigpt.engine import Engine
 from minigpt.generate import generate
 from minigpt.model import GPT
-from minigpt.optimize import Record, TrainConfig
+from minigpt.optimize import Record
+from minigpt.options import check_options, run_config, write_options
 from minigpt.quant_linear import Quantized
-from minigpt.runs import BEST, check_folder
+from minigpt.runs import BEST, find_checkpoint
 from minigpt.tokenizer import Tokenizer
 from minigpt.tokenizer import train as train_tokenizer
 from minigpt.train import train
 
 CHUNKS = "chunks.jsonl"
 END = "<|endoftext|>"
+FULL = "out of memory|can't allocate memory"
 CONFIGS = {
     "tiny": GPTConfig(n_layer=4, n_embd=256, n_head=4, n_positions=512),
     "small": GPTConfig(n_layer=6, n_embd=384, n_head=6, n_positions=512),
@@ -47,20 +50,23 @@ CONFIGS = {
 def train_model(options: argparse.Namespace) -> None:
     """A text file becomes a model that can be talked to."""
     folder = Path(options.output)
-    config = CONFIGS[options.config]
+    config = replace(
+        CONFIGS[options.config],
+        embd_pdrop=options.dropout,
+        resid_pdrop=options.dropout,
+        attn_pdrop=0.0,  # on a CPU the fused attention knows no dropout
+    )
     check_chunks(options.chunk_size, options.overlap, config.n_positions)
-    resumed = check_folder(folder, options.resume_from_checkpoint)
-    with _processes() as first:
+    resumed = check_options(options)
+    with _processes() as first, _hint(folder, first):
         if first and resumed is None:
+            write_options(options)
             _prepare(options, config)
         _wait()
         tokenizer = Tokenizer.from_pretrained(folder)
         config = replace(
             config,
             vocab_size=len(tokenizer),
-            embd_pdrop=options.dropout,
-            resid_pdrop=options.dropout,
-            attn_pdrop=0.0,  # on a CPU the fused attention knows no dropout
             bos_token_id=tokenizer.eos_token_id,
             eos_token_id=tokenizer.eos_token_id,
         )
@@ -77,8 +83,10 @@ def train_model(options: argparse.Namespace) -> None:
 def finetune_model(options: argparse.Namespace) -> None:
     """A trained model learns examples: all of it, or LoRA's or an adapter's few parameters."""
     folder = Path(options.output)
-    check_folder(folder, options.resume_from_checkpoint)
-    with _processes() as first:
+    resumed = check_options(options)
+    with _processes() as first, _hint(folder, first):
+        if first and resumed is None:
+            write_options(options)
         engine = Engine.from_pretrained(options.model, dtype=torch.float32, device=_device())
         model, tokenizer = engine.model, engine.tokenizer
         quantized = _is_quantized(model)
@@ -87,7 +95,13 @@ def finetune_model(options: argparse.Namespace) -> None:
                 f"--method {options.method} needs a float model, and {options.model} is quantized: "
                 "use --method lora, or the float model"
             )
-        rows = [_example(engine, *pair) for pair in read_pairs(options.data)]
+        context = model.config.n_positions
+        length = min(128, context) if options.max_length is None else options.max_length
+        if not 2 <= length <= context:
+            raise ValueError(
+                f"max_length must be in [2, {context}], up to the context, got {length}"
+            )
+        rows, told = _examples(engine, options.data, length)
         with torch.device("meta"):  # in floats, whatever its codes count
             total = sum(p.numel() for p in GPT(model.config).parameters())
         save = _method(options, model)
@@ -96,7 +110,8 @@ def finetune_model(options: argparse.Namespace) -> None:
         if first:
             _say(f"training {trained:,} of {total:,} parameters ({trained / total:.2%})")
             _compare(options, model.config)
-        length = min(options.max_length, model.config.n_positions)
+            if told:
+                _say(told)
         collate = Causal(tokenizer.eos_token_id or 0, length)
         best = _run(options, model, rows, collate, tokenizer, save)
         if not first:
@@ -127,9 +142,12 @@ def evaluate_model(options: argparse.Namespace) -> None:
     tokenizer = Tokenizer.from_pretrained(options.model)
     texts = ("".join(pieces) for pieces in read_documents(options.data))
     rows = (ids for text in texts if len(ids := tokenizer.encode(text)) > 1)
+    if (first := next(rows, None)) is None:
+        raise ValueError(f"{options.data} holds no text of two tokens or more to measure")
     how = {"max_length": options.max_length, "stride": options.stride}
-    windows = (metrics.windows(model, torch.tensor([ids]), **how) for ids in rows)
-    measured = metrics.evaluate(model, _bar(chain.from_iterable(windows)))
+    windows = (metrics.windows(model, torch.tensor([ids]), **how) for ids in chain([first], rows))
+    with _memory():
+        measured = metrics.evaluate(model, _bar(chain.from_iterable(windows)))
     for name, value in {**measured, **_variety(model, tokenizer, options.seed)}.items():
         print(f"{name:<12}{value:>12,.4f}" if name != "tokens" else f"{name:<12}{value:>12,}")
 
@@ -137,7 +155,6 @@ def evaluate_model(options: argparse.Namespace) -> None:
 def _prepare(options: argparse.Namespace, config: GPTConfig) -> None:
     """Tokenizer and chunks, once, into the run's directory; and what other chunk sizes would do."""
     folder = Path(options.output)
-    folder.mkdir(parents=True, exist_ok=True)
     if options.tokenizer is None:
         documents = read_documents(options.data, ascii_only=options.ascii_only)
         pieces = _bar(chain.from_iterable(documents), "tokenizer")
@@ -174,22 +191,6 @@ def _run(
     """Split the rows, train, and return the best perplexity."""
     learned, held = split(rows, options.validation_split)
     batches = Batches(learned, options.batch_size, collate, seed=options.seed)
-    epoch = -(-len(learned) // (options.batch_size * options.gradient_accumulation_steps))
-    steps = options.max_steps or max(1, round(options.num_train_epochs * epoch))
-    config = TrainConfig(
-        max_steps=steps,
-        learning_rate=options.learning_rate,
-        warmup_steps=int(steps * options.warmup_ratio),
-        min_lr_rate=0.1,
-        gradient_accumulation_steps=options.gradient_accumulation_steps,
-        weight_decay=options.weight_decay,
-        max_grad_norm=options.max_grad_norm,
-        bf16=options.bf16,
-        eval_steps=options.eval_steps or min(epoch, steps),
-        save_steps=options.save_steps or options.eval_steps or min(epoch, steps),
-        early_stopping_patience=options.early_stopping_patience,
-        seed=options.seed,
-    )
     measured = [collate(held[i : i + 16]) for i in range(0, len(held), 16)]
 
     def evaluate(model: GPT) -> Record:
@@ -200,16 +201,35 @@ def _run(
             **_variety(model, tokenizer, options.seed),
         }
 
-    records = train(
-        model,
-        batches,
-        config,
-        output_dir=options.output,
-        evaluate=evaluate,
-        save=save,
-        resume_from_checkpoint=options.resume_from_checkpoint,
-    )
+    with _memory():
+        records = train(
+            model,
+            batches,
+            run_config(options, len(learned)),
+            output_dir=options.output,
+            evaluate=evaluate,
+            save=save,
+            resume_from_checkpoint=options.resume_from_checkpoint,
+        )
     return min(r["eval_perplexity"] for r in records if "eval_perplexity" in r)
+
+
+def _examples(engine: Engine, data: str, length: int) -> tuple[list[Example], str]:
+    """The examples that teach something when cut at `length`, and a line on those that do not."""
+    rows, cut, lost = [], 0, 0
+    for prompt, completion in _bar(read_pairs(data), "examples"):
+        row = _example(engine, prompt, completion)
+        cut += len(row["input_ids"]) > length
+        if any(label != IGNORED for label in row["labels"][1:length]):
+            rows.append(row)
+        else:
+            lost += 1
+    told = f"{cut:,} of {len(rows) + lost:,} examples are cut at {length} tokens (--max-length)"
+    if lost:
+        told += f"; {lost:,} have nothing to learn before that and are left out"
+    if not rows:
+        raise ValueError(f"{data} has nothing to learn: {told}")
+    return rows, told if cut or lost else ""
 
 
 def _example(engine: Engine, prompt: str, completion: str) -> Example:
@@ -221,7 +241,7 @@ def _example(engine: Engine, prompt: str, completion: str) -> Example:
         completion = completion if tokenizer.chat_template else f" {completion}"
     end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
     ids = [*tokenizer.encode(completion), *end]
-    return {"input_ids": [*before, *ids], "labels": [-100] * len(before) + ids}
+    return {"input_ids": [*before, *ids], "labels": [IGNORED] * len(before) + ids}
 
 
 def _method(options: argparse.Namespace, model: GPT) -> Callable[[GPT, Path], None]:
@@ -280,6 +300,33 @@ def _processes() -> Iterator[bool]:
         yield dist.get_rank() == 0
     finally:
         dist.destroy_process_group()
+
+
+@contextmanager
+def _hint(folder: Path, first: bool) -> Iterator[None]:
+    """Say how to go on with a run that was interrupted, or that found the disk full."""
+    try:
+        yield
+    except (KeyboardInterrupt, OSError) as error:
+        if first and (kept := find_checkpoint(folder)):
+            _say(f"stopped; {kept} is kept: add --resume-from-checkpoint to go on from there")
+        elif first and isinstance(error, KeyboardInterrupt):
+            _say("stopped before the first checkpoint: the same command begins anew")
+        raise
+
+
+@contextmanager
+def _memory() -> Iterator[None]:
+    """Turn torch's many ways to say that memory is full into one line."""
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        if not isinstance(error, MemoryError) and not re.search(FULL, str(error)):
+            raise
+        raise OSError(
+            "memory is full: make --batch-size smaller (and --gradient-accumulation-steps larger), "
+            "or the rows shorter (--chunk-size, --max-length)"
+        ) from error
 
 
 def _wait() -> None:
