@@ -85,8 +85,6 @@ def finetune_model(options: argparse.Namespace) -> None:
     folder = Path(options.output)
     resumed = check_options(options)
     with _processes() as first, _hint(folder, first):
-        if first and resumed is None:
-            write_options(options)
         engine = Engine.from_pretrained(options.model, dtype=torch.float32, device=_device())
         model, tokenizer = engine.model, engine.tokenizer
         quantized = _is_quantized(model)
@@ -113,6 +111,8 @@ def finetune_model(options: argparse.Namespace) -> None:
             if told:
                 _say(told)
         collate = Causal(tokenizer.eos_token_id or 0, length)
+        if first and resumed is None:  # nothing is left of a run that was refused
+            write_options(options)
         best = _run(options, model, rows, collate, tokenizer, save)
         if not first:
             return

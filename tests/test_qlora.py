@@ -247,3 +247,25 @@ def test_the_correction_stays_in_float32_beside_codes(base: Path) -> None:
     layer = model.h[0].attn.c_attn
     assert isinstance(layer.base, Linear4bit)
     assert {p.dtype for p in layer.adapters.parameters()} == {torch.float32}
+
+
+@BOTH
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--rank", "0"], "finetune: rank must be a whole number of at least 1, got 0\n"),
+        (["--alpha", "-1"], "finetune: alpha must be a number above 0, got -1.0\n"),
+        (["--targets", "c_attn", "c_atn"], "or attn.c_proj and so on, got 'c_atn'\n"),
+    ],
+)
+def test_finetune_says_what_makes_no_adapter(
+    quantized_chat: dict[str, Path],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    side: str,
+    flags: list[str],
+    message: str,
+) -> None:
+    assert finetune(side, quantized_chat, tmp_path / "out", *flags) == 2
+    assert capsys.readouterr().err.endswith(message)
+    assert not (tmp_path / "out").exists()
