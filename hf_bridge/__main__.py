@@ -185,6 +185,8 @@ def _quantize(options: argparse.Namespace) -> None:
     from hf_bridge.files import copy_texts, resolve, weight_files
 
     source, output = resolve(options.model), Path(options.output)
+    if not options.output or output.is_file():
+        raise ValueError(f"--output must be a directory, got {options.output!r}")
     if output.resolve() == source.resolve():
         raise ValueError("--output must be another directory than --model: nothing is overwritten")
     if options.bits == 8 and (options.double_quant or options.quant_type):

@@ -10,9 +10,10 @@ neither train nor be saved exactly.
 Before: generate.py.  After: lora.py.  Twin: minigpt/quant.py.  Proof: tests/test_quant.py.
 """
 
-import json
 import math
+import sys
 from pathlib import Path
+from typing import Any
 
 import bitsandbytes as bnb
 import torch
@@ -21,6 +22,7 @@ from transformers import BitsAndBytesConfig, GPT2LMHeadModel
 from transformers.generation import GenerationConfig
 from transformers.integrations.bitsandbytes import dequantize_bnb_weight
 from transformers.pytorch_utils import Conv1D
+from transformers.utils import logging
 
 from hf_bridge import config as config_step
 from hf_bridge.files import WeightsError, read_json, resolve, weight_files
@@ -39,10 +41,12 @@ def quantize(
     block_size: int = 64,
     double_quant: bool = False,
     threshold: float = 6.0,
+    progress: bool = True,
 ) -> GPT:
     """Replace the blocks' linear layers, in place, by "nf4", "fp4" or "int8" ones; all is frozen.
 
-    Arguments and errors as in minigpt; blocks of another size than 64 cannot be had.
+    Arguments and errors as in minigpt; blocks of another size than 64 cannot be had. The bar is
+    the library's, of all that it loads.
     """
     _check_settings(kind, block_size, double_quant, threshold)
     _check_model(model, kind)
@@ -55,7 +59,10 @@ def quantize(
         llm_int8_threshold=threshold,
     )
     training, device, dtype = model.training, model.device, model.hf.dtype
+    bar = progress and sys.stderr.isatty() and logging.is_progress_bar_enabled()
     with quiet():
+        if bar:
+            logging.enable_progress_bar()
         hf = GPT2LMHeadModel.from_pretrained(
             None,
             config=model.config,
@@ -69,8 +76,15 @@ def quantize(
 
 
 def dequantize(model: GPT) -> GPT:
-    """Replace quantized layers, in place, by float ones that hold what the codes stand for."""
-    for path, layer in _quantized(model).items():
+    """Replace quantized layers, in place, by float ones that hold what the codes stand for.
+
+    Raises ValueError for a model with wrapped layers.
+    """
+    layers = _quantized(model)
+    if not layers:
+        return model
+    _check_plain(model)
+    for path, layer in layers.items():
         plain = Conv1D(layer.out_features, layer.in_features)
         state = layer.state if isinstance(layer, bnb.nn.Linear8bitLt) else None
         weight = dequantize_bnb_weight(layer.weight, state).T.contiguous()
@@ -121,7 +135,7 @@ def load(
                 device_map={"": torch.device(device)},
                 output_loading_info=True,
             )
-    except (KeyError, RuntimeError, ValueError, json.JSONDecodeError) as error:
+    except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
         raise WeightsError(
             f"{folder} has codes that bitsandbytes did not write: {error}"
         ) from error
@@ -132,6 +146,11 @@ def load(
         model = GPT(config)
     _install(model, hf, dtype or hf.transformer.wte.weight.dtype)
     for path, layer in _quantized(model).items():
+        if not _whole(layer):
+            raise WeightsError(
+                f"{folder} has codes that bitsandbytes did not write: the parts of "
+                f"{path.removeprefix('transformer.')} do not fit together"
+            )
         if isinstance(layer, bnb.nn.Linear4bit):
             _check_inputs(path, layer.in_features, layer.weight.quant_state.blocksize)
     return model.requires_grad_(False).eval()
@@ -148,6 +167,23 @@ def _install(model: GPT, hf: GPT2LMHeadModel, dtype: torch.dtype) -> None:
     window, sinks = getattr(model, "sliding_window", None), getattr(model, "attention_sinks", 0)
     model.hf = hf
     model._slide(window, sinks)
+
+
+def _whole(layer: Any) -> bool:
+    """Whether codes and scales are of the layer's size: bitsandbytes looks late, or reads on."""
+    N, K = layer.out_features, layer.in_features
+    if isinstance(layer, bnb.nn.Linear8bitLt):
+        scale = getattr(layer.weight, "SCB", None)
+        return layer.weight.shape == (N, K) and scale is not None and scale.shape == (N,)
+    state = getattr(layer.weight, "quant_state", None)
+    return (
+        state is not None
+        and state.quant_type in KINDS
+        and tuple(state.shape) == (N, K)
+        and layer.weight.numel() == math.ceil(N * K / 2)
+        and state.absmax.numel() == math.ceil(N * K / state.blocksize)
+        and state.absmax.dtype == (torch.uint8 if state.nested else torch.float32)
+    )
 
 
 def _quantized(model: GPT) -> dict[str, nn.Module]:

@@ -10,6 +10,7 @@ Used by: quant.py.  Proof: tests/test_quant.py.
 """
 
 import json
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -71,17 +72,41 @@ def shape_of(found: Mapping[str, Tensor]) -> tuple[int, int] | None:
     return out_features, in_features
 
 
-def to_layer(found: Mapping[str, Tensor], bias: Tensor, settings: Mapping[str, Any]) -> Quantized:
-    """Build a layer from its tensors and config.json's quantization_config."""
+def to_layer(
+    path: str, found: Mapping[str, Tensor], bias: Tensor, settings: Mapping[str, Any]
+) -> Quantized:
+    """Build a layer from its tensors and config.json's quantization_config.
+
+    Raises ValueError, naming the tensor, if they do not fit together.
+    """
+
+    def check(name: str, dtype: torch.dtype, count: int) -> None:
+        tensor = found.get(name, torch.empty(0))
+        if tensor.dtype != dtype or tensor.numel() != count:
+            got = f"{tensor.numel()} in {tensor.dtype}"
+            raise ValueError(f"{path}.{name} must be {count} numbers in {dtype}, got {got}")
+
     if "SCB" in found:
+        check("weight", torch.int8, found["weight"].numel())
+        check("SCB", torch.float32, len(found["weight"]))
+        if order := found.get("weight_format", torch.zeros(())).item():
+            raise ValueError(f"{path}.weight_format must be 0, row by row, got {order}")
         threshold = float(settings.get("llm_int8_threshold", 6.0))
         return Linear8bit(found["weight"], found["SCB"], bias, threshold=threshold)
     state = _state(found)
+    if state["quant_type"] not in blockwise.TABLES:
+        raise ValueError(f"{path}: quant_type must be nf4 or fp4, got {state['quant_type']!r}")
+    out_features, in_features = state["shape"]
+    blocks = math.ceil(out_features * in_features / state["blocksize"])
     nested = None
     if "nested_offset" in state:
+        if (size := state["nested_blocksize"]) != blockwise.NESTED_BLOCK:
+            raise ValueError(f"{path}: nested_blocksize must be 256, got {size!r}")
+        check("weight.nested_absmax", torch.float32, math.ceil(blocks / size))
         offset = torch.tensor(state["nested_offset"], device=bias.device)
         nested = (found["weight.nested_absmax"], offset)
-    out_features, in_features = state["shape"]
+    check("weight", torch.uint8, math.ceil(out_features * in_features / 2))
+    check("weight.absmax", torch.uint8 if nested else torch.float32, blocks)
     return Linear4bit(
         (out_features, in_features),
         found["weight"],

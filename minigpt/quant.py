@@ -35,16 +35,21 @@ def quantize(
     block_size: int = 64,
     double_quant: bool = False,
     threshold: float = 6.0,
+    progress: bool = True,
 ) -> GPT:
     """Replace the blocks' linear layers, in place, by "nf4", "fp4" or "int8" ones; all is frozen.
 
     `block_size` and `double_quant` are for 4 bits. `threshold` is for int8: the size from which an
-    activation is an outlier, 0 for none. Raises ValueError, the model being as before, for
-    settings that are none, for weights that are no numbers, and for a model with wrapped layers.
+    activation is an outlier, 0 for none. A terminal shows a bar, unless `progress` is False.
+    Raises ValueError, the model being as before, for settings that are none, for weights that are
+    no numbers, and for a model with wrapped layers.
     """
+    from tqdm import tqdm
+
     _check_settings(kind, block_size, double_quant, threshold)
     _check_model(model)
-    for path, layer in _linear(model).items():
+    layers, hidden = _linear(model), None if progress else True
+    for path, layer in tqdm(layers.items(), unit="matrix", desc="quantize", disable=hidden):
         weight, bias = layer.weight.T.contiguous(), layer.bias  # (out, in)
         quantized: Quantized
         if kind == "int8":
@@ -84,10 +89,13 @@ def save(model: GPT, folder: str | Path) -> None:
     save_tensors(
         {name: tensor.detach() for name, tensor in named.items()}, folder / "model.safetensors"
     )
+    settings = bnb_files.to_settings(next(iter(layers.values())))
+    if left := [weights.PREFIX + path for path in _linear(model)]:  # a loaded model may have some
+        settings["llm_int8_skip_modules"] = ["lm_head", *left]
     config = {
         **config_step.to_dict(model.config),
         "dtype": str(model.wte.weight.dtype).removeprefix("torch."),
-        "quantization_config": bnb_files.to_settings(next(iter(layers.values()))),
+        "quantization_config": settings,
     }
     write_json(folder / "config.json", config)
 
@@ -114,12 +122,14 @@ def load(
             model = GPT(config)
         codes = {path: _take(path, tensors) for path in _linear(model)}
         codes = {path: found for path, found in codes.items() if found}
+        if not codes:
+            raise WeightsError(f"{folder} holds no codes: config.json says that it is quantized")
         tensors = {name: tensor.to(dtype=dtype) for name, tensor in tensors.items()}
         weights.check_tensors(model, tensors, folder)
         model.load_state_dict(weights.level(tensors), assign=True)
         for path, found in codes.items():
             bias = cast(Tensor, model.get_submodule(path).bias)
-            model.set_submodule(path, bnb_files.to_layer(found, bias, settings))
+            model.set_submodule(path, bnb_files.to_layer(path, found, bias, settings))
     except WeightsError:
         raise
     except (AttributeError, KeyError, TypeError, ValueError) as error:

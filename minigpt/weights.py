@@ -131,7 +131,7 @@ def save(model: GPT, folder: str | Path) -> None:
     if foreign:
         raise ValueError(
             f"only a plain GPT can be saved, this one holds {foreign[0]}: merge or take off what "
-            "wraps its layers, or save that by its own step"
+            "wraps its layers, or save that by its own step: quant.save, lora.save, adapters.save"
         )
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)

@@ -1,7 +1,9 @@
 """Step 10: codes, statistics, products and files are bitsandbytes', bit for bit where it stores."""
 
 import importlib
+import io
 import json
+import shutil
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,12 +19,14 @@ from parity_quant import (
     check_int8_codes,
     check_int8_forward,
     check_logits,
+    guarded,
     matrices,
 )
 from safetensors.torch import load_file, save_file
-from transformers import GPT2LMHeadModel
+from transformers import BitsAndBytesConfig, GPT2LMHeadModel
 
 import hf_bridge
+from hf_bridge import lora as bridge_lora
 from hf_bridge import quant as bridge
 from minigpt import GPT, GPTConfig, WeightsError, generate, lora, quant
 from minigpt.attention import Conv1D
@@ -117,6 +121,30 @@ def test_what_was_saved_computes_the_same_again(
     assert first == second
 
 
+@torch.no_grad()
+def test_layers_that_were_left_in_floats_stay_so(checkpoint: Checkpoint, tmp_path: Path) -> None:
+    settings = BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        llm_int8_skip_modules=["lm_head", "c_fc"],
+    )
+    theirs = GPT2LMHeadModel.from_pretrained(
+        checkpoint.folder, dtype=torch.float32, quantization_config=settings
+    )
+    theirs.save_pretrained(tmp_path / "theirs")
+    ours = GPT.from_pretrained(tmp_path / "theirs")
+    assert isinstance(ours.h[0].mlp.c_fc, Conv1D) and isinstance(ours.h[0].attn.c_attn, Linear4bit)
+    quant.save(ours, tmp_path / "ours")
+    again, report = GPT2LMHeadModel.from_pretrained(tmp_path / "ours", output_loading_info=True)
+    assert not any(report.values()), report
+    mask = torch.ones_like(checkpoint.ids)
+    expected = guarded(theirs)(checkpoint.ids, attention_mask=mask).logits
+    assert torch.equal(guarded(again)(checkpoint.ids, attention_mask=mask).logits, expected)
+    assert (ours(checkpoint.ids) - expected).abs().max() < 1e-5
+    bridged = hf_bridge.GPT.from_pretrained(tmp_path / "ours")
+    assert (bridged(checkpoint.ids) - expected).abs().max() < 1e-5
+
+
 @EVERY
 def test_dequantizing_gives_a_plain_model_of_the_same_numbers(
     checkpoint: Checkpoint, tmp_path: Path, settings: dict[str, Any]
@@ -131,6 +159,22 @@ def test_dequantizing_gives_a_plain_model_of_the_same_numbers(
     for name, tensor in found[0].items():
         assert torch.equal(tensor, found[1][name]), name
     assert isinstance(GPT.from_pretrained(tmp_path / "minigpt").h[0].attn.c_attn, Conv1D)
+
+
+@SIDES
+def test_a_plain_model_has_nothing_to_dequantize(checkpoint: Checkpoint, side: str) -> None:
+    model, step = load(side, checkpoint.folder, dtype=torch.float32)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    assert step.dequantize(model) is model
+    assert all(torch.equal(tensor, before[n]) for n, tensor in model.state_dict().items())
+
+
+def test_the_bridge_dequantizes_no_model_with_lora(checkpoint: Checkpoint) -> None:
+    model = hf_bridge.GPT.from_pretrained(checkpoint.folder, dtype=torch.float32)
+    bridge.quantize(model)
+    bridge_lora.adapt(model, rank=2)
+    with pytest.raises(ValueError, match="take off what wraps its layers, or merge it into"):
+        bridge.dequantize(model)
 
 
 def test_what_is_few_or_felt_everywhere_stays_float(checkpoint: Checkpoint) -> None:
@@ -296,6 +340,121 @@ def test_damaged_files_are_refused(
         GPT.from_pretrained(tmp_path)
 
 
+C_ATTN = "transformer.h.0.attn.c_attn."
+STATE = C_ATTN + "weight.quant_state.bitsandbytes__nf4"
+
+
+def shorter(name: str) -> Any:
+    def change(tensors: dict[str, torch.Tensor]) -> None:
+        tensors[C_ATTN + name] = tensors[C_ATTN + name][:-1].clone()
+
+    return change
+
+
+def restated(**settings: Any) -> Any:
+    def change(tensors: dict[str, torch.Tensor]) -> None:
+        state = {**json.loads(bytes(tensors[STATE].tolist())), **settings}
+        tensors[STATE] = torch.tensor(list(json.dumps(state).encode()), dtype=torch.uint8)
+
+    return change
+
+
+def in_columns(tensors: dict[str, torch.Tensor]) -> None:
+    tensors[C_ATTN + "weight_format"] += 1
+
+
+@pytest.mark.parametrize(
+    ("kind", "change", "message", "alone"),  # 192 x 64 weights; alone: transformers does not look
+    [
+        ("nf4", shorter("weight"), "c_attn.weight must be 6144 numbers in torch.uint8, got", False),
+        (
+            "nf4",
+            shorter("weight.absmax"),
+            "weight.absmax must be 192 numbers in .*int8, got",
+            False,
+        ),
+        (
+            "nf4",
+            shorter("weight.nested_absmax"),
+            "nested_absmax must be 1 numbers in .*, got",
+            True,
+        ),
+        ("nf4", restated(quant_type="int3"), "quant_type must be nf4 or fp4, got 'int3'", False),
+        (
+            "nf4",
+            restated(shape=[64, 192]),
+            r"c_attn.weight is \(192, 64\), config.json says",
+            False,
+        ),
+        (
+            "nf4",
+            restated(blocksize=128),
+            "absmax must be 96 numbers in torch.uint8, got 192",
+            False,
+        ),
+        ("nf4", restated(nested_blocksize=64), "nested_blocksize must be 256, got 64", True),
+        ("int8", shorter("SCB"), "SCB must be 192 numbers in torch.float32, got 191", False),
+        ("int8", in_columns, "weight_format must be 0, row by row, got 1", True),
+    ],
+)
+def test_codes_and_scales_of_other_sizes_are_refused_before_they_compute(
+    checkpoint: Checkpoint, tmp_path: Path, kind: str, change: Any, message: str, alone: bool
+) -> None:
+    quant.save(checkpoint.ours(kind=kind, double_quant=kind == "nf4"), tmp_path)
+    damage(tmp_path, change)
+    with pytest.raises(WeightsError, match=message) as told:
+        GPT.from_pretrained(tmp_path)
+    assert "h.0.attn.c_attn" in str(told.value)
+    if not alone:
+        with pytest.raises(hf_bridge.WeightsError, match=r"the parts of h\.0\.attn\.c_attn do not"):
+            hf_bridge.GPT.from_pretrained(tmp_path)
+
+
+@SIDES
+def test_floats_that_are_said_to_be_codes_are_refused(
+    checkpoint: Checkpoint, tmp_path: Path, side: str
+) -> None:
+    quant.save(checkpoint.ours(kind="nf4"), tmp_path)
+    shutil.copyfile(checkpoint.folder / "model.safetensors", tmp_path / "model.safetensors")
+    with pytest.raises(
+        ValueError, match=r"holds no codes: config|parts of h\.0\.attn\.c_attn do not"
+    ):
+        load(side, tmp_path)
+
+
+@SIDES
+def test_settings_in_a_file_are_blamed_for_themselves(
+    checkpoint: Checkpoint, tmp_path: Path, side: str
+) -> None:
+    quant.save(checkpoint.ours(kind="int8"), tmp_path)
+    path = tmp_path / "config.json"
+    config = json.loads(path.read_text())
+    config["quantization_config"]["llm_int8_threshold"] = "x"
+    path.write_text(json.dumps(config))
+    with pytest.raises(ValueError, match=r"bitsandbytes did not write: .*float") as told:
+        load(side, tmp_path)
+    assert "safetensors" not in str(told.value)
+
+
+@SIDES
+@pytest.mark.parametrize("seen", [True, False])
+@pytest.mark.filterwarnings("ignore:Cannot enable progress bars")  # conftest.py turns them off
+def test_a_terminal_shows_a_bar_and_a_file_does_not(
+    checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch, side: str, seen: bool
+) -> None:
+    screen = io.StringIO()
+    monkeypatch.setattr(screen, "isatty", lambda: seen, raising=False)
+    monkeypatch.setattr("sys.stderr", screen)
+    monkeypatch.setattr("transformers.utils.logging._tqdm_active", True)
+    model, step = load(side, checkpoint.folder, dtype=torch.float32)
+    step.quantize(model)
+    assert ("100%" in screen.getvalue()) == seen
+    model, step = load(side, checkpoint.folder, dtype=torch.float32)
+    screen.truncate(0)
+    step.quantize(model, progress=False)
+    assert not screen.getvalue()
+
+
 @SIDES
 def test_another_way_of_quantizing_is_refused(
     checkpoint: Checkpoint, tmp_path: Path, side: str
@@ -309,11 +468,15 @@ def test_another_way_of_quantizing_is_refused(
         load(side, tmp_path)
 
 
+@SIDES
 def test_a_quantized_model_is_not_saved_as_a_plain_one(
-    checkpoint: Checkpoint, tmp_path: Path
+    checkpoint: Checkpoint, tmp_path: Path, side: str
 ) -> None:
-    with pytest.raises(ValueError, match=r"only a plain GPT can be saved, this one holds h\.0"):
-        checkpoint.ours(kind="nf4").save_pretrained(tmp_path)
+    model, step = load(side, checkpoint.folder, dtype=torch.float32)
+    step.quantize(model)
+    with pytest.raises(ValueError, match=r"only a plain GPT .*h\.0.* by its own step: quant\.save"):
+        model.save_pretrained(tmp_path / "plain")
+    assert not (tmp_path / "plain").exists()
 
 
 @SIDES
@@ -338,7 +501,10 @@ def test_the_command_writes_a_model_that_both_sides_load(
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
+        (["--bits", "3"], "--bits: invalid choice: 3"),
         (["--bits", "5"], "--bits: invalid choice: 5"),
+        (["--bits", "4", "--output", ""], "quantize: --output must be a directory, got ''\n"),
+        (["--bits", "4", "--output", "{model}/config.json"], "must be a directory, got '/"),
         (["--bits", "8", "--double-quant"], "--quant-type and --double-quant are for --bits 4"),
         (["--bits", "4", "--output", "{model}"], "--output must be another directory than --model"),
         (["--bits", "4", "--model", "./nowhere"], "no directory './nowhere'"),
