@@ -16,10 +16,7 @@ if TYPE_CHECKING:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command: 0 if it worked, 2 for what the user gave, 1 for a failure of the system."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
-    arguments = [
-        a.replace("_", "-") if a.startswith("--") and "=" not in a else a for a in arguments
-    ]
-    options = parser().parse_args(arguments)
+    options = parser().parse_args(list(map(_dashed, arguments)))
     try:
         options.run(options)
     except KeyboardInterrupt:
@@ -76,6 +73,12 @@ def parser() -> argparse.ArgumentParser:
         command.add_argument("--debug", action="store_true", help="show the traceback of an error")
     add_training(commands)
     return root
+
+
+def _dashed(argument: str) -> str:
+    """Hands know both spellings of a flag: --top_p and --top-p, --top_p=1 too."""
+    name, equals, value = argument.partition("=")
+    return (name.replace("_", "-") if name.startswith("--") else name) + equals + value
 
 
 def _generate(options: argparse.Namespace) -> None:

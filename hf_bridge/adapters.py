@@ -21,7 +21,7 @@ from transformers.activations import ACT2FN
 
 from hf_bridge import lora, peft_files
 from hf_bridge.config import GPTConfig
-from hf_bridge.files import WeightsError, read_json
+from hf_bridge.files import WeightsError, read_json, writing
 from hf_bridge.model import GPT
 from hf_bridge.peft_files import check, check_base
 
@@ -101,11 +101,10 @@ def save(model: GPT, folder: str | Path, *, base_model: str | None = None) -> No
         raise ValueError("the model has no bottleneck adapters: adapt it or load some first")
     tensors = {name: p.detach().contiguous() for name, p in _own(model, config).items()}
     check(tensors, {name: tuple(tensor.shape) for name, tensor in tensors.items()})
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
-    settings = {**asdict(config), BASE: base_model}
-    (folder / CONFIG).write_text(json.dumps(settings, indent=2, ensure_ascii=False) + "\n", "utf-8")
+    settings = json.dumps({**asdict(config), BASE: base_model}, indent=2, ensure_ascii=False)
+    with writing(Path(folder)) as part:
+        save_file(tensors, part / WEIGHTS, metadata={"format": "pt"})
+        (part / CONFIG).write_text(settings + "\n", "utf-8")
 
 
 def load(

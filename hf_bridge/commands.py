@@ -35,7 +35,7 @@ def add_training(commands: Any) -> None:
     _add_run(command, learning_rate=2e-4, epochs=3)
     command.add_argument("--method", choices=("full", "lora", "adapters"), default="lora")
     command.add_argument(
-        "--max-length", type=int, default=128, metavar="N", help="tokens an example (128)"
+        "--max-length", type=int, metavar="N", help="tokens an example (128, or the context)"
     )
     command.add_argument("--rank", type=int, default=8, metavar="R", help="of LoRA (8)")
     command.add_argument("--alpha", type=float, default=16, metavar="X", help="of LoRA (16)")

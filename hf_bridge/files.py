@@ -9,10 +9,13 @@ Twin: minigpt/files.py.  Proof: tests/test_files.py.
 import json
 import os
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from huggingface_hub import errors, snapshot_download
+from safetensors import SafetensorError
 
 TEXTS = [  # what stays the same when the weights change
     "generation_config.json",
@@ -82,7 +85,9 @@ def weight_files(folder: Path) -> list[Path]:
     if single.is_file():
         return [single]
     if index.is_file():
-        names = sorted(set(read_json(index).get("weight_map", {}).values()))
+        content = read_json(index)
+        shards = content.get("weight_map") if isinstance(content, dict) else None
+        names = sorted(map(str, set(shards.values()))) if isinstance(shards, dict) else []
         if not names or any(Path(name).name != name for name in names):
             raise WeightsError(f"{index} must name files beside itself, got {names}")
         missing = [name for name in names if not (folder / name).is_file()]
@@ -102,6 +107,29 @@ def copy_texts(source: Path, folder: Path) -> None:
     for name in TEXTS:
         if (source / name).is_file():
             shutil.copyfile(source / name, folder / name)
+
+
+@contextmanager
+def writing(folder: Path) -> Iterator[Path]:
+    """A directory to write into; what is there at the end moves into `folder`, file by file.
+
+    The libraries write in place: a full disk would leave half of a file where a whole one was.
+    Raises OSError, and `folder` stays as it was, if something cannot be written.
+    """
+    part = folder / ".part"
+    shutil.rmtree(part, ignore_errors=True)
+    part.mkdir(parents=True)
+    try:
+        yield part
+        for path in filter(Path.is_file, part.rglob("*")):
+            with open(path, "rb") as file:
+                os.fsync(file.fileno())
+        for path in part.iterdir():
+            os.replace(path, folder / path.name)
+    except (SafetensorError, RuntimeError) as error:  # a full disk, as these and torch.save tell it
+        raise OSError(f"cannot write {folder}: {error}") from error
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
 
 
 def read_json(path: Path) -> Any:

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from hf_bridge.model import GPT
-from hf_bridge.train import count_tokens, summed_loss
+from hf_bridge.optimize import count_tokens, summed_loss
 
 WORDS = re.compile(r"[^\W_]+")
 
@@ -32,11 +32,17 @@ class Scores(NamedTuple):
 
 @torch.inference_mode()
 def evaluate(model: GPT, batches: Iterable[Mapping[str, Tensor]]) -> dict[str, float]:
-    """Loss and perplexity over batches, every token weighing the same."""
+    """Loss and perplexity over batches, every token weighing the same; errors as in minigpt."""
     losses, tokens = 0.0, 0
-    for batch in batches:
+    for i, batch in enumerate(batches):
         batch = {name: tensor.to(model.device) for name, tensor in batch.items()}
-        losses += summed_loss(model, batch).item()
+        loss = summed_loss(model, batch).item()
+        if not math.isfinite(loss):
+            raise FloatingPointError(
+                f"the loss of batch {i} is {loss}: the weights have grown too large, "
+                "train again with a lower learning rate"
+            )
+        losses += loss
         tokens += count_tokens(batch)
     if not tokens:
         raise ValueError("there is no token to predict in these batches")

@@ -16,27 +16,22 @@ from typing import Any
 
 import torch
 from accelerate import PartialState
+from torch.utils.data import DataLoader
 
 from hf_bridge import adapters, lora, metrics
+from hf_bridge.batches import IGNORED, Batches, Causal, Example, seeded, split
 from hf_bridge.config import GPTConfig
-from hf_bridge.data import (
-    Batches,
-    Causal,
-    Example,
-    check_chunks,
-    read_chunks,
-    read_documents,
-    read_pairs,
-    seeded,
-    split,
-    write_chunks,
-)
+from hf_bridge.corpus import read_documents, read_pairs
+from hf_bridge.data import Chunks, check_chunks, write_chunks
 from hf_bridge.engine import Engine
 from hf_bridge.generate import generate
 from hf_bridge.model import GPT
+from hf_bridge.optimize import Record
+from hf_bridge.options import check_options, run_config, write_options
+from hf_bridge.runs import BEST
 from hf_bridge.tokenizer import Tokenizer
 from hf_bridge.tokenizer import train as train_tokenizer
-from hf_bridge.train import BEST, Record, TrainConfig, check_folder, train
+from hf_bridge.train import train
 
 CHUNKS = "chunks.jsonl"
 END = "<|endoftext|>"
@@ -50,28 +45,22 @@ CONFIGS: dict[str, dict[str, Any]] = {
 def train_model(options: argparse.Namespace) -> None:
     """A text file becomes a model that can be talked to."""
     folder = Path(options.output)
-    sizes = CONFIGS[options.config]
+    sizes = {**CONFIGS[options.config], "attn_pdrop": 0.0}
+    sizes |= {"embd_pdrop": options.dropout, "resid_pdrop": options.dropout}
+    GPTConfig(**sizes)  # if it cannot be, now
     check_chunks(options.chunk_size, options.overlap, sizes["n_positions"])
-    resumed = check_folder(folder, options.resume_from_checkpoint)
+    resumed = check_options(options)
     processes = PartialState(cpu=not torch.cuda.is_available())
     if processes.is_main_process and resumed is None:
+        write_options(options)
         _prepare(options)
     processes.wait_for_everyone()
     tokenizer = Tokenizer.from_pretrained(folder)
-    config = GPTConfig(
-        vocab_size=len(tokenizer),
-        embd_pdrop=options.dropout,
-        resid_pdrop=options.dropout,
-        attn_pdrop=0.0,
-        bos_token_id=tokenizer.eos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        **sizes,
-    )
+    eos = tokenizer.eos_token_id
+    config = GPTConfig(vocab_size=len(tokenizer), bos_token_id=eos, eos_token_id=eos, **sizes)
     model = GPT(config, generator=seeded(options.seed, "weights", 0)).to(_device())
     collate = Causal(tokenizer.eos_token_id or 0)
-    best = _run(
-        options, model, read_chunks(folder / CHUNKS), collate, tokenizer, GPT.save_pretrained
-    )
+    best = _run(options, model, Chunks(folder / CHUNKS), collate, tokenizer, GPT.save_pretrained)
     if processes.is_main_process:
         GPT.from_pretrained(folder / BEST).save_pretrained(folder)
         _say(f"wrote {folder}, perplexity {best:,.4g}; python -m chatbot --model {folder}")
@@ -80,7 +69,7 @@ def train_model(options: argparse.Namespace) -> None:
 def finetune_model(options: argparse.Namespace) -> None:
     """A trained model learns examples: all of it, or LoRA's or an adapter's few parameters."""
     folder = Path(options.output)
-    check_folder(folder, options.resume_from_checkpoint)
+    resumed = check_options(options)
     processes = PartialState(cpu=not torch.cuda.is_available())
     engine = Engine.from_pretrained(options.model, dtype=torch.float32, device=_device())
     model, tokenizer = engine.model, engine.tokenizer
@@ -90,7 +79,11 @@ def finetune_model(options: argparse.Namespace) -> None:
             f"--method {options.method} needs a float model, and {options.model} is quantized: "
             "use --method lora, or the float model"
         )
-    rows = [_example(engine, *pair) for pair in read_pairs(options.data)]
+    context = model.config.n_positions
+    length = min(128, context) if options.max_length is None else options.max_length
+    if not 2 <= length <= context:
+        raise ValueError(f"max_length must be in [2, {context}], up to the context, got {length}")
+    rows, told = _examples(engine, options.data, length)
     with torch.device("meta"):  # in floats, whatever its codes count
         total = sum(p.numel() for p in GPT(model.config).parameters())
     save = _method(options, model)
@@ -99,8 +92,11 @@ def finetune_model(options: argparse.Namespace) -> None:
     if processes.is_main_process:
         _say(f"training {trained:,} of {total:,} parameters ({trained / total:.2%})")
         _compare(options, model.config)
-    length = min(options.max_length, model.config.n_positions)
+        if told:
+            _say(told)
     collate = Causal(tokenizer.eos_token_id or 0, length)
+    if processes.is_main_process and resumed is None:  # nothing is left of a run that was refused
+        write_options(options)
     best = _run(options, model, rows, collate, tokenizer, save)
     if not processes.is_main_process:
         return
@@ -130,8 +126,10 @@ def evaluate_model(options: argparse.Namespace) -> None:
     tokenizer = Tokenizer.from_pretrained(options.model)
     texts = ("".join(pieces) for pieces in read_documents(options.data))
     rows = (ids for text in texts if len(ids := tokenizer.encode(text)) > 1)
+    if (first := next(rows, None)) is None:
+        raise ValueError(f"{options.data} holds no text of two tokens or more to measure")
     how = {"max_length": options.max_length, "stride": options.stride}
-    windows = (metrics.windows(model, torch.tensor([ids]), **how) for ids in rows)
+    windows = (metrics.windows(model, torch.tensor([ids]), **how) for ids in chain([first], rows))
     measured = metrics.evaluate(model, _bar(chain.from_iterable(windows)))
     for name, value in {**measured, **_variety(model, tokenizer, options.seed)}.items():
         print(f"{name:<12}{value:>12,.4f}" if name != "tokens" else f"{name:<12}{value:>12,}")
@@ -140,7 +138,6 @@ def evaluate_model(options: argparse.Namespace) -> None:
 def _prepare(options: argparse.Namespace) -> None:
     """Tokenizer and chunks, once, into the run's directory."""
     folder = Path(options.output)
-    folder.mkdir(parents=True, exist_ok=True)
     if options.tokenizer is None:
         documents = read_documents(options.data, ascii_only=options.ascii_only)
         pieces = _bar(chain.from_iterable(documents), "tokenizer")
@@ -170,23 +167,7 @@ def _run(
     """Split the rows, train, and return the best perplexity."""
     learned, held = split(rows, options.validation_split)
     batches = Batches(learned, options.batch_size, collate, seed=options.seed)
-    epoch = -(-len(learned) // (options.batch_size * options.gradient_accumulation_steps))
-    steps = options.max_steps or max(1, round(options.num_train_epochs * epoch))
-    config = TrainConfig(
-        max_steps=steps,
-        learning_rate=options.learning_rate,
-        warmup_steps=int(steps * options.warmup_ratio),
-        min_lr_rate=0.1,
-        gradient_accumulation_steps=options.gradient_accumulation_steps,
-        weight_decay=options.weight_decay,
-        max_grad_norm=options.max_grad_norm,
-        bf16=options.bf16,
-        eval_steps=options.eval_steps or min(epoch, steps),
-        save_steps=options.save_steps or options.eval_steps or min(epoch, steps),
-        early_stopping_patience=options.early_stopping_patience,
-        seed=options.seed,
-    )
-    measured = [collate(held[i : i + 16]) for i in range(0, len(held), 16)]
+    measured = list(DataLoader(held, batch_size=16, collate_fn=collate))
 
     def evaluate(model: GPT) -> Record:
         scores = metrics.evaluate(model, measured)
@@ -199,13 +180,26 @@ def _run(
     records = train(
         model,
         batches,
-        config,
+        run_config(options, len(learned)),
         output_dir=options.output,
         evaluate=evaluate,
         save=save,
         resume_from_checkpoint=options.resume_from_checkpoint,
     )
     return min(r["eval_perplexity"] for r in records if "eval_perplexity" in r)
+
+
+def _examples(engine: Engine, data: str, length: int) -> tuple[list[Example], str]:
+    """The examples that teach something when cut at `length`, and a line on those that do not."""
+    every = [_example(engine, *pair) for pair in _bar(read_pairs(data), "examples")]
+    rows = [row for row in every if any(i != IGNORED for i in row["labels"][1:length])]
+    cut, lost = sum(len(row["labels"]) > length for row in every), len(every) - len(rows)
+    told = f"{cut:,} of {len(every):,} examples are cut at {length} tokens (--max-length)"
+    if lost:
+        told += f"; {lost:,} have nothing to learn before that and are left out"
+    if not rows:
+        raise ValueError(f"{data} has nothing to learn: {told}")
+    return rows, told if cut or lost else ""
 
 
 def _example(engine: Engine, prompt: str, completion: str) -> Example:
@@ -217,7 +211,7 @@ def _example(engine: Engine, prompt: str, completion: str) -> Example:
         completion = completion if tokenizer.chat_template else f" {completion}"
     end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
     ids = [*tokenizer.encode(completion), *end]
-    return {"input_ids": [*before, *ids], "labels": [-100] * len(before) + ids}
+    return {"input_ids": [*before, *ids], "labels": [IGNORED] * len(before) + ids}
 
 
 def _method(options: argparse.Namespace, model: GPT) -> Callable[[GPT, Path], None]:

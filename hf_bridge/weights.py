@@ -19,7 +19,7 @@ from transformers.generation import GenerationConfig
 from transformers.utils import logging
 
 from hf_bridge import config as config_step
-from hf_bridge.files import WeightsError, read_json, resolve, weight_files
+from hf_bridge.files import WeightsError, read_json, resolve, weight_files, writing
 from hf_bridge.model import GPT
 
 
@@ -73,7 +73,7 @@ def read(
 
 
 def save(model: GPT, folder: str | Path) -> None:
-    """Write config.json, model.safetensors and generation_config.json; not atomic.
+    """Write config.json, model.safetensors and generation_config.json, each at one stroke.
 
     Raises ValueError for a model with wrapped layers: the library would save what wraps them.
     """
@@ -87,8 +87,8 @@ def save(model: GPT, folder: str | Path) -> None:
         )
     model.hf.generation_config = GenerationConfig.from_model_config(model.config)
     try:
-        with quiet():
-            model.hf.save_pretrained(folder)
+        with quiet(), writing(Path(folder)) as part:
+            model.hf.save_pretrained(part)
     finally:
         model.hf.generation_config = GenerationConfig()
 

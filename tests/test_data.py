@@ -10,6 +10,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from hf_bridge import batches as their_batches
+from hf_bridge import corpus as their_corpus
 from hf_bridge import data as theirs
 from hf_bridge.tokenizer import Tokenizer as HFTokenizer
 from minigpt import GPT, GPTConfig, Tokenizer, batches, corpus
@@ -22,7 +24,7 @@ ROWS = [{"input_ids": list(range(10 * i, 10 * i + 3 + i))} for i in range(5)]
 
 
 def read(side: str, path: Path, **options) -> list[str]:
-    module = corpus if side == "minigpt" else theirs
+    module = corpus if side == "minigpt" else their_corpus
     return ["".join(pieces) for pieces in module.read_documents(path, **options)]
 
 
@@ -45,7 +47,7 @@ def test_cleaning_is_what_the_librarys_normalizers_do():
         text = "".join(random.choices(signs, k=random.randrange(20)))
         for ascii_only in (False, True):
             clean = corpus.clean(text, ascii_only=ascii_only)
-            assert clean == theirs.clean(text, ascii_only=ascii_only)
+            assert clean == their_corpus.clean(text, ascii_only=ascii_only)
             assert corpus.clean(clean, ascii_only=ascii_only) == clean
             assert clean.isascii() or not ascii_only
 
@@ -153,7 +155,7 @@ def test_both_sides_cut_a_corpus_into_the_same_chunks(
     assert lengths == theirs.write_chunks(texts, hf, tmp_path / "theirs.jsonl", **options)
     assert (tmp_path / "ours.jsonl").read_bytes() == (tmp_path / "theirs.jsonl").read_bytes()
     rows = ours.Chunks(tmp_path / "ours.jsonl")
-    assert [*rows] == theirs.read_chunks(tmp_path / "theirs.jsonl") == rows[:]
+    assert [*rows] == [*theirs.Chunks(tmp_path / "theirs.jsonl")] == rows[:]
     assert rows[-1] == rows[len(rows) - 1]
     with pytest.raises(IndexError):
         rows[len(rows)]
@@ -258,7 +260,7 @@ def equal(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
 def test_the_causal_collator_is_the_librarys_with_labels_by_place(max_length):
     rows = [*ROWS, {"input_ids": [7, 0, 0], "labels": [-100, 0, 5]}]
     mine = Causal(pad_token_id=0, max_length=max_length)(rows)
-    assert equal(mine, theirs.Causal(pad_token_id=0, max_length=max_length)(rows))
+    assert equal(mine, their_batches.Causal(pad_token_id=0, max_length=max_length)(rows))
     T = min(max_length or 99, 7)
     assert {tuple(tensor.shape) for tensor in mine.values()} == {(6, T)}
     assert mine["labels"][5, :3].tolist() == [-100, 0, 5]  # the pad's id, where it is no padding
@@ -278,7 +280,7 @@ def test_the_masked_collator_draws_what_the_librarys_draws(max_length):
     }
     for seed in range(20):
         mine = Masked(**options)(ROWS, torch.Generator().manual_seed(seed))
-        other = theirs.Masked(**options)(ROWS, torch.Generator().manual_seed(seed))
+        other = their_batches.Masked(**options)(ROWS, torch.Generator().manual_seed(seed))
         assert equal(mine, other)
 
 
@@ -311,7 +313,9 @@ def test_15_percent_are_masked_80_10_10_and_never_a_special_token_or_padding():
 def test_static_masking_hides_10_percent_of_the_chunks_whole_and_is_the_librarys_draw():
     rows = [{"input_ids": [i, i + 1]} for i in range(3000)]
     masked = mask_chunks(rows, mask_token_id=9999, generator=torch.Generator().manual_seed(0))
-    other = theirs.mask_chunks(rows, mask_token_id=9999, generator=torch.Generator().manual_seed(0))
+    other = their_batches.mask_chunks(
+        rows, mask_token_id=9999, generator=torch.Generator().manual_seed(0)
+    )
     assert masked == other
     hidden = [row["input_ids"] == [9999, 9999] for row in masked]
     assert sum(hidden) / 3000 == pytest.approx(0.1, abs=0.022)
@@ -325,7 +329,7 @@ def test_static_masking_hides_10_percent_of_the_chunks_whole_and_is_the_librarys
 
 @BOTH
 def test_rates_are_probabilities(side):
-    module = batches if side == "minigpt" else theirs
+    module = batches if side == "minigpt" else their_batches
     with pytest.raises(ValueError, match=r"mlm_probability must be in \[0, 1\], got 1.5"):
         module.Masked(pad_token_id=0, mask_token_id=1, vocab_size=2, mlm_probability=1.5)
     with pytest.raises(ValueError, match=r"rate must be in \[0, 1\], got -1"):
@@ -340,7 +344,7 @@ def test_a_batch_is_a_function_of_seed_and_number_on_both_sides(batch_size):
         return provider(i)["input_ids"][:, 0].tolist()
 
     mine = Batches(rows, batch_size, Causal(0), seed=3)
-    other = theirs.Batches(rows, batch_size, theirs.Causal(0), seed=3)
+    other = their_batches.Batches(rows, batch_size, their_batches.Causal(0), seed=3)
     forwards = [first(mine, i) for i in range(15)]
     assert [first(other, i) for i in range(15)] == forwards
     fresh = Batches(rows, batch_size, Causal(0), seed=3)
@@ -362,13 +366,15 @@ def test_generators_of_two_purposes_draw_different_numbers():
         for number in (0, 1, 10)
     }
     assert len(draws) == 12
-    both = (torch.rand(3, generator=module.seeded(5, "batch", 2)) for module in (batches, theirs))
+    both = (
+        torch.rand(3, generator=module.seeded(5, "batch", 2)) for module in (batches, their_batches)
+    )
     assert torch.equal(*both)
 
 
 @BOTH
 def test_a_data_set_smaller_than_a_batch_is_refused(side):
-    module = batches if side == "minigpt" else theirs
+    module = batches if side == "minigpt" else their_batches
     with pytest.raises(ValueError, match="at most the number of rows, 5, got 6: give more data"):
         module.Batches(ROWS, 6, Causal(0), seed=0)
     with pytest.raises(ValueError, match="batch_size must be at least 1, got 0"):

@@ -438,7 +438,7 @@ def test_the_trainer_resumes_to_the_same_weights_too(tmp_path):
     )
     assert [r["loss"] for r in again] == [r["loss"] for r in records]
     assert torch.equal(resumed.hf.lm_head.weight, straight.hf.lm_head.weight)
-    with pytest.raises(ValueError, match=r"checkpoint-6 is of another run: learning_rate is 0.001"):
+    with pytest.raises(ValueError, match=r"settings.json is of another run: learning_rate is 0.0"):
         hf_bridge.train.train(
             new(),
             batches,

@@ -19,7 +19,7 @@ import torch
 from safetensors.torch import load_file
 
 import hf_bridge.__main__
-import hf_bridge.data
+import hf_bridge.corpus
 import hf_bridge.training
 import minigpt.__main__
 from hf_bridge.model import GPT as HF
@@ -193,7 +193,7 @@ def test_examples_are_pairs_texts_or_paragraphs(tmp_path):
     (tmp_path / "a.jsonl").write_text('{"prompt": "p", "completion": "c"}\n{"text": "t"}\n')
     (tmp_path / "b.txt").write_text("one\ntwo\n\n \nthree\n")
     want = [("p", "c"), ("", "t"), ("", "one\ntwo"), ("", "three")]
-    assert list(read_pairs(tmp_path)) == list(hf_bridge.data.read_pairs(tmp_path)) == want
+    assert list(read_pairs(tmp_path)) == list(hf_bridge.corpus.read_pairs(tmp_path)) == want
     (tmp_path / "a.jsonl").write_text('{"completion": "c"}\n')
     with pytest.raises(ValueError, match=r'a\.jsonl:1 must be \{"prompt": …\}, got '):
         list(read_pairs(tmp_path))
