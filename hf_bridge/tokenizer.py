@@ -2,8 +2,9 @@
 
 Left alone, it turns "<|endoftext|>" in a user's text into the end token (split_special_tokens
 stops that), adds that token to vocabularies that lack it, makes an empty vocabulary of a directory
-without tokenizer files, and decodes an unknown id as nothing. Its Unicode tables are older than
-those of the `regex` package: letters assigned since then are cut differently.
+without tokenizer files and reads one without merges as it is, raises a bare Exception for damaged
+ones, and decodes an unknown id as nothing. Its Unicode tables are older than those of the `regex`
+package: letters assigned since then are cut differently.
 
 Before: config.py.  After: mask.py.  Twin: minigpt/tokenizer.py.  Proof: tests/test_tokenizer.py.
 """
@@ -47,6 +48,8 @@ class Tokenizer:
                 raise ValueError(
                     f"the vocabulary must hold every byte and merge, got none for {text!r}"
                 )
+        if eos_token is not None and eos_token not in (special_tokens or {}):
+            raise ValueError(f"eos_token must be one of the special tokens, got {eos_token!r}")
         names = dict.fromkeys(NAMES, eos_token)
         self.hf = GPT2TokenizerFast(vocab=vocab, merges=[*map(tuple, merges)], **names)
         in_order = sorted(special_tokens or {}, key=(special_tokens or {}).__getitem__)
@@ -100,20 +103,34 @@ class Tokenizer:
 
     @classmethod
     def from_pretrained(cls, name_or_path: str | Path) -> "Tokenizer":
-        """Read tokenizer.json, or vocab.json and merges.txt, from a directory or a hub id."""
+        """Read tokenizer.json, or vocab.json and merges.txt, from a directory or a hub id.
+
+        Raises ValueError for files that are missing, damaged, or of another kind of tokenizer.
+        """
         folder = resolve(name_or_path)
-        pair = (folder / "vocab.json").is_file() and (folder / "merges.txt").is_file()
-        if not (folder / "tokenizer.json").is_file() and not pair:
-            raise ValueError(
-                f"{folder} has no tokenizer: it needs tokenizer.json, or vocab.json and merges.txt"
-            )
+        _check_files(folder)
         named = folder / "tokenizer_config.json"
-        eos = (read_json(named) if named.is_file() else {}).get("eos_token")
         tokenizer = cls.__new__(cls)
-        nameless = dict.fromkeys(NAMES)
-        tokenizer.hf = GPT2TokenizerFast.from_pretrained(folder, local_files_only=True, **nameless)
-        eos = eos["content"] if isinstance(eos, dict) else eos
-        eos = END if eos is None and END in tokenizer.hf.get_vocab() else eos
+        try:
+            eos = (read_json(named) if named.is_file() else {}).get("eos_token")
+            eos = eos["content"] if isinstance(eos, dict) else eos
+            tokenizer.hf = GPT2TokenizerFast.from_pretrained(
+                folder, local_files_only=True, **dict.fromkeys(NAMES)
+            )
+        except Exception as error:  # the library's own, from Rust, has no kind and names no file
+            raise ValueError(
+                f"the tokenizer in {folder} is damaged ({error}): download it again"
+            ) from error
+        vocab = tokenizer.hf.get_vocab()
+        missing = [text for text in pre_tokenizers.ByteLevel.alphabet() if text not in vocab]
+        if missing:
+            raise ValueError(
+                f"{folder}: the vocabulary must hold every byte and merge, got none for "
+                f"{min(missing)!r}"
+            )
+        eos = END if eos is None and END in vocab else eos
+        if eos is not None and eos not in vocab:  # the library would add it, past the model's ids
+            raise ValueError(f"{folder}: eos_token must be one of the special tokens, got {eos!r}")
         if eos is not None:
             tokenizer.hf.add_special_tokens(dict.fromkeys(NAMES, eos))
         return tokenizer
@@ -121,6 +138,28 @@ class Tokenizer:
     def save_pretrained(self, folder: str | Path) -> None:
         """Write tokenizer.json, tokenizer_config.json and the chat template."""
         self.hf.save_pretrained(folder)
+
+
+def _check_files(folder: Path) -> None:
+    """ValueError where the library would make do with what is there."""
+    whole = folder / "tokenizer.json"
+    if not whole.is_file():
+        if not ((folder / "vocab.json").is_file() and (folder / "merges.txt").is_file()):
+            raise ValueError(
+                f"{folder} has no tokenizer: it needs tokenizer.json, or vocab.json and merges.txt"
+            )
+        return
+    published = read_json(whole)
+    published = published if isinstance(published, dict) else {}
+    model, words = published.get("model") or {}, published.get("pre_tokenizer") or {}
+    if (
+        (model.get("type", "BPE"), words.get("type")) != ("BPE", "ByteLevel")
+        or (model.get("dropout") or model.get("ignore_merges") or words.get("add_prefix_space"))
+        or (published.get("normalizer") or not words.get("use_regex", True))
+    ):
+        raise ValueError(f"{whole} must be a byte-level BPE as GPT-2's, this is another tokenizer")
+    if "merges" not in model or "vocab" not in model:
+        raise ValueError(f"{whole} is damaged (no vocab or no merges): download it again")
 
 
 class StreamDecoder:

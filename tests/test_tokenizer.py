@@ -1,12 +1,15 @@
 """Step 2: the ids of transformers, the merges of the tokenizers library, whole characters."""
 
+import json
 import random
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from tokenizers import ByteLevelBPETokenizer
 from transformers import AutoTokenizer, GPT2Tokenizer
 
+from hf_bridge import Tokenizer as BridgeTokenizer
 from minigpt import Tokenizer
 from minigpt.tokenizer import StreamDecoder, train
 
@@ -168,7 +171,93 @@ def test_a_directory_without_tokenizer_is_refused(tmp_path: Path) -> None:
         Tokenizer.from_pretrained(tmp_path)
 
 
-def test_another_kind_of_tokenizer_is_refused(tmp_path: Path) -> None:
-    (tmp_path / "tokenizer.json").write_text('{"model": {"type": "WordPiece"}}')
-    with pytest.raises(ValueError, match="must be a byte-level BPE"):
+def change(folder: Path, part: str, name: str, value: object) -> None:
+    """Set one entry of a tokenizer.json, or take it out (None)."""
+    path = folder / "tokenizer.json"
+    content = json.loads(path.read_text(encoding="utf-8"))
+    inside = content[part] if part else content
+    inside[name] = value
+    if value is None:
+        del inside[name]
+    path.write_text(json.dumps(content), encoding="utf-8")
+
+
+def spoil(name: str, content: bytes) -> Callable[[Path], None]:
+    return lambda folder: (folder / name).write_bytes(content) and None
+
+
+def older(folder: Path, merges: bytes) -> None:
+    """The layout of 2019, with these merges."""
+    vocab = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))["model"]["vocab"]
+    (folder / "vocab.json").write_text(json.dumps(vocab), encoding="utf-8")
+    (folder / "merges.txt").write_bytes(merges)
+    (folder / "tokenizer.json").unlink()
+
+
+@pytest.mark.parametrize("side", [Tokenizer, BridgeTokenizer], ids=["minigpt", "hf_bridge"])
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (spoil("tokenizer.json", b"{"), "tokenizer.json is not valid JSON"),
+        (spoil("tokenizer.json", b"[]"), "tokenizer.json (is damaged|must be a byte-level BPE)"),
+        (lambda f: change(f, "model", "merges", None), r"tokenizer.json is damaged \(no .*merges"),
+        (lambda f: change(f, "model", "vocab", {}), "(every byte|is damaged)"),
+        (lambda f: older(f, b"#version: 0.2\na b c\n"), r"is damaged \("),
+        (lambda f: older(f, b"\xff\xfe\n"), r"is damaged \("),
+        (spoil("tokenizer_config.json", b"[]"), r"is damaged \("),
+        (spoil("tokenizer_config.json", b'{"eos_token": "<|no|>"}'),
+         r"eos_token must be one of the special tokens, got '<\|no\|>'"),
+        (spoil("chat_template.jinja", b"\xff\xfe"), r"is damaged \("),
+        (lambda f: change(f, "model", "type", "WordPiece"), "must be a byte-level BPE as GPT-2's"),
+        (lambda f: change(f, "model", "ignore_merges", True), "must be a byte-level BPE"),
+        (lambda f: change(f, "pre_tokenizer", "add_prefix_space", True), "must be a byte-level"),
+        (lambda f: change(f, "pre_tokenizer", "use_regex", False), "must be a byte-level BPE"),
+        (lambda f: change(f, "", "normalizer", {"type": "NFC"}), "must be a byte-level BPE"),
+    ],
+)  # fmt: skip
+def test_files_that_would_give_other_ids_or_none_are_refused(
+    ours: Tokenizer, tmp_path: Path, side: type, damage: Callable[[Path], None], message: str
+) -> None:
+    ours.save_pretrained(tmp_path)
+    side.from_pretrained(tmp_path)
+    damage(tmp_path)
+    with pytest.raises(ValueError, match=message) as raised:
+        side.from_pretrained(tmp_path)
+    assert str(tmp_path) in str(raised.value)
+
+
+@pytest.mark.parametrize("side", [Tokenizer, BridgeTokenizer], ids=["minigpt", "hf_bridge"])
+def test_the_published_file_of_gpt2_need_not_name_its_model(
+    ours: Tokenizer, tmp_path: Path, side: type
+) -> None:
+    ours.save_pretrained(tmp_path)
+    change(tmp_path, "model", "type", None)
+    change(tmp_path, "pre_tokenizer", "use_regex", None)
+    text = "The model's attention<|endoftext|>"
+    assert side.from_pretrained(tmp_path).encode(text) == ours.encode(text)
+
+
+@pytest.mark.parametrize("side", [Tokenizer, BridgeTokenizer], ids=["minigpt", "hf_bridge"])
+def test_an_end_token_that_is_only_named_is_special(
+    ours: Tokenizer, tmp_path: Path, side: type
+) -> None:
+    ours.save_pretrained(tmp_path)
+    change(tmp_path, "", "added_tokens", [])
+    named = '{"eos_token": {"content": "<|endoftext|>"}}'
+    (tmp_path / "tokenizer_config.json").write_text(named)
+    read = side.from_pretrained(tmp_path)
+    assert read.eos_token_id == ours.eos_token_id == 0
+    assert read.eos_token_id not in read.encode("<|endoftext|>")
+    with pytest.raises(ValueError, match="eos_token must be one of the special tokens, got 'x'"):
+        side(ours.vocab, ours.merges, eos_token="x")
+
+
+def test_of_several_templates_the_default_is_read(ours: Tokenizer, tmp_path: Path) -> None:
+    ours.save_pretrained(tmp_path)
+    several = [{"name": "tools", "template": "a"}, {"name": "default", "template": "b"}]
+    path = tmp_path / "tokenizer_config.json"
+    path.write_text(json.dumps({"chat_template": several}))
+    assert Tokenizer.from_pretrained(tmp_path).chat_template == "b"
+    path.write_text(json.dumps({"chat_template": several[:1]}))
+    with pytest.raises(ValueError, match=r"is damaged \(no 'default'\)"):
         Tokenizer.from_pretrained(tmp_path)
