@@ -2,13 +2,16 @@
 
 import json
 from collections import Counter
-from itertools import chain
+from itertools import chain, count
 from pathlib import Path
 from random import Random
 
 import pytest
 import torch
+from tokenizers import Tokenizer as Backend
+from tokenizers import models
 from torch import Tensor
+from transformers import DataCollatorForLanguageModeling, PreTrainedTokenizerFast
 
 from hf_bridge import batches as their_batches
 from hf_bridge import corpus as their_corpus
@@ -124,10 +127,50 @@ def test_corpora_that_are_none_are_refused(side, tmp_path):
         read(side, tmp_path)
 
 
-def test_a_line_of_jsonl_without_text_is_named(tmp_path):
-    (tmp_path / "a.jsonl").write_text('{"text": "x"}\n{"txt": "y"}\n')
-    with pytest.raises(ValueError, match=r'a\.jsonl:2 must be \{"text": …\}, got .*txt'):
-        read("minigpt", tmp_path)
+@BOTH
+@pytest.mark.parametrize(
+    "line",
+    [
+        '{"txt": "y"}',
+        '{"text": 5}',
+        '{"text": null}',
+        '{"text": "half \\ud800"}',
+        '{"prompt": "p", "completion": "c"}',
+        '["text"]',
+        '"text"',
+        "{",
+    ],
+)
+def test_a_line_of_jsonl_without_text_is_named(side, line, tmp_path):
+    (tmp_path / "a.jsonl").write_text(f'{{"text": "x"}}\n{line}\n')
+    with pytest.raises(ValueError, match=r'a\.jsonl:2 must be \{"text": …\}, got ') as caught:
+        read(side, tmp_path)
+    assert line[:9] in str(caught.value)
+
+
+def test_blank_lines_and_a_byte_order_mark_are_no_rows_of_jsonl(tmp_path):
+    text = '\ufeff{"text": "the word \\"completion\\""}\n\n{"text": "completion"}\r\n \n'
+    (tmp_path / "a.jsonl").write_bytes(text.encode())
+    want = ['the word "completion"', "completion"]
+    assert read("hf_bridge", tmp_path) == want
+    assert list(their_corpus.read_pairs(tmp_path)) == [("", text) for text in want]
+
+
+@pytest.mark.parametrize(
+    "line, name",
+    [
+        ('{"completion": "c"}', "prompt"),
+        ('{"prompt": 5, "completion": "c"}', "prompt"),
+        ('{"prompt": "p", "completion": [1]}', "completion"),
+        ('{"prompt": "p"}', "text"),
+    ],
+)
+@BOTH
+def test_a_pair_that_is_none_is_named_with_what_it_lacks(side, line, name, tmp_path):
+    module = corpus if side == "minigpt" else their_corpus
+    (tmp_path / "a.jsonl").write_text(line)
+    with pytest.raises(ValueError, match=rf'a\.jsonl:1 must be \{{"{name}": …\}}, got '):
+        list(module.read_pairs(tmp_path))
 
 
 # Chunks
@@ -166,6 +209,13 @@ def test_both_sides_cut_a_corpus_into_the_same_chunks(
     kept = rows[0]["input_ids"] + [i for row in rows[1:] for i in row["input_ids"][overlap:]]
     assert kept == whole
     assert all(len(row["input_ids"]) == chunk_size for row in rows[:-1])
+
+
+@BOTH
+def test_a_stream_without_end_is_cut_while_it_flows(side):
+    module = ours if side == "minigpt" else theirs
+    rows = module.chunk(count(), 4, 1)
+    assert [next(rows) for _ in range(2)] == [[0, 1, 2, 3], [3, 4, 5, 6]]
 
 
 @BOTH
@@ -266,6 +316,35 @@ def test_the_causal_collator_is_the_librarys_with_labels_by_place(max_length):
     assert mine["labels"][5, :3].tolist() == [-100, 0, 5]  # the pad's id, where it is no padding
     assert torch.equal(mine["attention_mask"] == 0, mine["labels"] == -100) is False
     assert (mine["labels"][mine["attention_mask"] == 0] == -100).all()
+
+
+@pytest.mark.parametrize("side", [batches, their_batches], ids=["minigpt", "hf_bridge"])
+def test_where_the_padding_is_no_word_the_labels_are_those_of_the_language_model_collator(side):
+    vocabulary = {str(i): i for i in range(60)}
+    backend = PreTrainedTokenizerFast(
+        tokenizer_object=Backend(models.WordLevel(vocabulary, unk_token="59")), pad_token="59"
+    )
+    published = DataCollatorForLanguageModeling(backend, mlm=False)([dict(row) for row in ROWS])
+    assert equal(side.Causal(pad_token_id=59)(ROWS), dict(published))
+    # Where it is one, as in GPT-2, the library would not learn it.
+    rows = [{"input_ids": [5, 59]}, {"input_ids": [7, 8]}]
+    published = DataCollatorForLanguageModeling(backend, mlm=False)(rows)
+    assert published["labels"].tolist() == [[5, -100], [7, 8]]
+    assert side.Causal(pad_token_id=59)(rows)["labels"].tolist() == [[5, 59], [7, 8]]
+
+
+def test_the_causal_collator_builds_no_vocabulary(monkeypatch):
+    sizes = []
+
+    def noted(vocabulary, **options):
+        sizes.append(len(vocabulary))
+        return word_level(vocabulary, **options)
+
+    word_level = models.WordLevel
+    monkeypatch.setattr(their_batches.models, "WordLevel", noted)
+    batch = their_batches.Causal(pad_token_id=50256)([{"input_ids": [50255, 50256]}])
+    assert batch["input_ids"].tolist() == [[50255, 50256]]
+    assert sizes == [1]
 
 
 @pytest.mark.parametrize("max_length", [None, 5])
