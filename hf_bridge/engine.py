@@ -10,7 +10,7 @@ from collections.abc import Generator, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import torch
-from jinja2 import TemplateError
+from jinja2 import TemplateSyntaxError
 
 from hf_bridge.cache import Cache
 from hf_bridge.generate import stream
@@ -95,7 +95,9 @@ class Engine:
             text = self.tokenizer.hf.apply_chat_template(
                 guarded, tokenize=False, add_generation_prompt=True
             )
-        except TemplateError as error:
+        except TemplateSyntaxError as error:
+            raise ValueError(f"the model's chat template is no valid Jinja: {error}") from error
+        except Exception as error:  # a template is a program, and fails like one
             raise ValueError(
                 f"the model's chat template refuses these messages: {error}"
             ) from error
@@ -116,6 +118,8 @@ class Engine:
         seed: int | None = None,
     ) -> Iterator[int]:
         """Continue ids token by token, without the end token; closing it stops the model."""
+        if seed is not None and not 0 <= seed < 2**63:
+            raise ValueError(f"seed must be a whole number of 0 or more, below 2**63, got {seed}")
         generator = torch.Generator(self.model.device)
         generator.manual_seed(seed) if seed is not None else generator.seed()
         prompt = torch.tensor([list(ids)], dtype=torch.int64, device=self.model.device)  # (1, T)

@@ -121,6 +121,8 @@ class Engine:
 
         The same seed gives the same reply; None draws a new one. Errors as in generate.stream.
         """
+        if seed is not None and not 0 <= seed < 2**63:
+            raise ValueError(f"seed must be a whole number of 0 or more, below 2**63, got {seed}")
         generator = torch.Generator(self.model.device)
         generator.manual_seed(seed) if seed is not None else generator.seed()
         prompt = torch.tensor([list(ids)], dtype=torch.int64, device=self.model.device)  # (1, T)
@@ -187,7 +189,7 @@ def render_template(
     >>> render_template("{% for m in messages %}[{{ m.content }}]{% endfor %}", [{"content": "Hi"}])
     '[Hi]'
     """
-    from jinja2 import TemplateError
+    from jinja2 import TemplateError, TemplateSyntaxError
     from jinja2.sandbox import ImmutableSandboxedEnvironment
 
     def raise_exception(message: str) -> None:
@@ -201,7 +203,9 @@ def render_template(
         return environment.from_string(template).render(
             messages=messages, add_generation_prompt=True, eos_token=eos_token, bos_token=eos_token
         )
-    except TemplateError as error:
+    except TemplateSyntaxError as error:
+        raise ValueError(f"the model's chat template is no valid Jinja: {error}") from error
+    except Exception as error:  # a template is a program, and fails like one
         raise ValueError(f"the model's chat template refuses these messages: {error}") from error
 
 

@@ -59,7 +59,9 @@ def weight_files(folder: Path) -> list[Path]:
     if single.is_file():
         return [single]
     if index.is_file():
-        names = sorted(set(read_json(index).get("weight_map", {}).values()))
+        content = read_json(index)
+        shards = content.get("weight_map") if isinstance(content, dict) else None
+        names = sorted(map(str, set(shards.values()))) if isinstance(shards, dict) else []
         if not names or any(Path(name).name != name for name in names):
             raise WeightsError(f"{index} must name files beside itself, got {names}")
         missing = [name for name in names if not (folder / name).is_file()]

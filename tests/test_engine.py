@@ -147,6 +147,28 @@ def test_a_template_that_refuses_or_breaks_out_is_an_error() -> None:
         render_template("{{ ''.__class__.__mro__ }}", [])
 
 
+def test_a_template_that_is_no_program_or_fails_as_one_is_an_error(
+    engine: Engine, tmp_path: Path
+) -> None:
+    for template, message in (
+        ("{% for m in messages %}", "chat template is no valid Jinja"),
+        ("{{ messages[0].content + 1 }}", "chat template refuses these messages"),
+    ):
+        ours = use_template(engine, template, tmp_path)
+        theirs = bridge.Engine(engine.model, BridgeTokenizer.from_pretrained(tmp_path), "x")
+        for step in (ours, theirs):
+            with pytest.raises(ValueError, match=message):
+                step.render(MESSAGES)
+
+
+def test_a_seed_that_torch_would_bend_is_refused(engine: Engine) -> None:
+    theirs = bridge.Engine(engine.model, BridgeTokenizer.from_pretrained(engine.name), "x")
+    for step in (engine, theirs):
+        for seed in (-1, 2**63, 2**64):
+            with pytest.raises(ValueError, match=f"seed must be a whole number .*, got {seed}"):
+                step.stream([1], seed=seed)
+
+
 def test_a_transcript_names_the_role_that_it_does_not_know() -> None:
     for speak in (transcript, bridge.transcript):
         with pytest.raises(ValueError, match=r"role must be one of system, user, .*, got 'tool'"):

@@ -12,7 +12,8 @@ from typing import ClassVar
 
 import pytest
 
-from minigpt import WeightsError
+import hf_bridge.files
+from minigpt import WeightsError, files
 from minigpt.files import read_json, resolve, write_atomically
 
 ROOT = Path(__file__).parent.parent
@@ -197,6 +198,14 @@ def test_a_file_is_written_whole_or_not_at_all(
     with pytest.raises(OSError, match="disk full"):
         write_atomically(path, b"new")
     assert [p.read_bytes() for p in tmp_path.iterdir()] == [b"old"]
+
+
+@pytest.mark.parametrize("content", ["[]", "{}", '{"weight_map": 3}', '{"weight_map": {"a": 3}}'])
+def test_an_index_that_names_no_shards_is_refused(tmp_path: Path, content: str) -> None:
+    (tmp_path / "model.safetensors.index.json").write_text(content)
+    for step in (files, hf_bridge.files):
+        with pytest.raises(ValueError, match=r"index.json (must name files|names files that are)"):
+            step.weight_files(tmp_path)
 
 
 def test_json_that_is_none_is_named(tmp_path: Path) -> None:
