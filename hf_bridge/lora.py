@@ -11,6 +11,7 @@ Before: quant.py.  After: adapters.py.  Twin: minigpt/lora.py.  Proof: tests/tes
 
 import copy
 import math
+import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -52,12 +53,7 @@ def adapt(
     """
     if isinstance(targets, str):
         raise ValueError(f"targets must be several names, got the one string {targets!r}")
-    if type(rank) is not int or rank < 1:
-        raise ValueError(f"rank must be a whole number of at least 1, got {rank!r}")
-    if not 0 < alpha < math.inf:
-        raise ValueError(f"alpha must be a number above 0, got {alpha!r}")
-    if not 0 <= dropout < 1:
-        raise ValueError(f"dropout must be a number in [0, 1), got {dropout!r}")
+    _check_numbers(rank, alpha, dropout)
     config = LoraConfig(
         r=rank,
         lora_alpha=alpha,
@@ -139,6 +135,7 @@ def load(
     folder = Path(folder)
     config, tensors = peft_files.read(folder, base_model)
     try:
+        _check_numbers(config.r, config.lora_alpha, config.lora_dropout)
         shapes = {}
         for path, (in_features, out_features) in _targeted(model, config.target_modules).items():
             shapes[f"base_model.model.{path}.lora_A.weight"] = (config.r, in_features)
@@ -150,6 +147,16 @@ def load(
     set_peft_model_state_dict(model.hf, tensors, adapter_name=name)
     if not trainable:
         model.hf.requires_grad_(False)
+
+
+def _check_numbers(rank: object, alpha: object, dropout: object) -> None:
+    """Raise ValueError for numbers that make no adapter; peft divides by them as they come."""
+    if type(rank) is not int or rank < 1:
+        raise ValueError(f"rank must be a whole number of at least 1, got {rank!r}")
+    if not (isinstance(alpha, int | float) and 0 < alpha < math.inf):
+        raise ValueError(f"alpha must be a number above 0, got {alpha!r}")
+    if not (isinstance(dropout, int | float) and 0 <= dropout < 1):
+        raise ValueError(f"dropout must be a number in [0, 1), got {dropout!r}")
 
 
 def _attach(model: GPT, config: LoraConfig, name: str, generator: torch.Generator | None) -> None:
@@ -164,7 +171,9 @@ def _attach(model: GPT, config: LoraConfig, name: str, generator: torch.Generato
     if qkv != THIRDS and not any(path.endswith("c_attn") for path in targeted):
         raise ValueError(f"qkv chooses within c_attn, which is no target, got qkv={qkv!r}")
     config.inference_mode, config.base_model_name_or_path = False, None
-    with _lent(generator):
+    with _lent(generator), warnings.catch_warnings():
+        # peft asks transformers for what will be called otherwise
+        warnings.filterwarnings("ignore", ".*is_gradient_checkpointing.*", FutureWarning)
         if isinstance(model.hf, PeftModel):
             model.hf.add_adapter(name, config)
         else:

@@ -1,7 +1,8 @@
 """Beside step 11: an adapter's two files, through peft's own configuration.
 
-peft looks for what is missing on the hub, takes a pickled adapter_model.bin as readily, and skips
-a tensor whose name it does not expect. Here each of these is an error.
+peft looks for what is missing on the hub, takes a pickled adapter_model.bin as readily, skips a
+tensor whose name it does not expect, and starts afresh what a file tells of and does not hold. Here
+each of these is an error, and so is what minigpt does not compute.
 
 Twin: minigpt/peft_files.py.  Proof: tests/test_lora.py.
 """
@@ -16,9 +17,24 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from hf_bridge.files import WeightsError, read_json
+from hf_bridge.files import WeightsError, read_json, writing
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+USED = {"r", "lora_alpha", "target_modules", "lora_dropout", "use_rslora"}
+# Fields that say nothing about what a trained adapter computes. Any other must be off.
+HARMLESS = {
+    "auto_mapping",
+    "base_model_name_or_path",
+    "fan_in_fan_out",
+    "inference_mode",
+    "init_lora_weights",
+    "megatron_core",
+    "peft_type",
+    "peft_version",
+    "qalora_group_size",
+    "revision",
+    "task_type",
+}
 
 
 def write(
@@ -26,34 +42,21 @@ def write(
 ) -> None:
     """Write both files. Raises ValueError for weights that are NaN."""
     check(tensors, {name: tuple(tensor.shape) for name, tensor in tensors.items()})
-    folder.mkdir(parents=True, exist_ok=True)
     metadata = {"format": "pt"}
     if settings.qkv != "qkv":  # here, since peft warns about fields that it does not know
         metadata["qkv"] = settings.qkv
-    save_file({k: t.contiguous() for k, t in tensors.items()}, folder / WEIGHTS, metadata=metadata)
     settings = copy.copy(settings)
     settings.inference_mode, settings.base_model_name_or_path = True, base_model
-    settings.save_pretrained(folder)
+    with writing(folder) as part:
+        whole = {name: tensor.contiguous() for name, tensor in tensors.items()}
+        save_file(whole, part / WEIGHTS, metadata=metadata)
+        settings.save_pretrained(part)
 
 
 def read(folder: Path, base_model: str | None = None) -> tuple[LoraConfig, dict[str, Tensor]]:
     """An adapter's configuration and its tensors by peft's names; WeightsError as in minigpt."""
-    path = folder / CONFIG
-    if not path.is_file():
-        raise WeightsError(f"{path} is missing: an adapter's directory holds it and {WEIGHTS}")
-    published = read_json(path)
-    kind = published.get("peft_type") if isinstance(published, dict) else None
-    if kind != "LORA":
-        raise WeightsError(f"{path}: peft_type must be LORA, got {kind!r}")
+    _check_config(folder / CONFIG, base_model)
     settings = PeftConfig.from_pretrained(folder)
-    check_base(path, settings.base_model_name_or_path, base_model)
-    if isinstance(settings.target_modules, str):
-        raise WeightsError(
-            f"{path}: target_modules must be a list of names, got {settings.target_modules!r}"
-        )
-    if settings.init_lora_weights not in (True, False, "gaussian"):
-        start = settings.init_lora_weights
-        raise WeightsError(f"{path}: init_lora_weights {start!r} may change the base's own weights")
     path = folder / WEIGHTS
     if not path.is_file():
         if (folder / "adapter_model.bin").exists():
@@ -91,6 +94,30 @@ def check_base(path: Path, made_for: str | None, base_model: str | None) -> None
             f"{path}: made for the base {made_for!r}, not {base_model!r}: give that one, or, where "
             "this is the same, change base_model_name_or_path in the file"
         )
+
+
+def _check_config(path: Path, base_model: str | None) -> None:
+    """Raise WeightsError for an adapter of another kind or base, or that does more than LoRA."""
+    if not path.is_file():
+        raise WeightsError(f"{path} is missing: an adapter's directory holds it and {WEIGHTS}")
+    published = read_json(path)
+    if not isinstance(published, dict):
+        raise WeightsError(f"{path} must hold a JSON object, got {type(published).__name__}")
+    if published.get("peft_type") != "LORA":
+        raise WeightsError(f"{path}: peft_type must be LORA, got {published.get('peft_type')!r}")
+    check_base(path, published.get("base_model_name_or_path"), base_model)
+    start = published.get("init_lora_weights", True)
+    if start not in (True, False, "gaussian"):
+        raise WeightsError(f"{path}: init_lora_weights {start!r} may change the base's own weights")
+    for field in published.keys() - HARMLESS - USED:
+        if published[field] not in (None, False, {}, [], "none"):
+            raise WeightsError(f"{path}: {field} must be off here, got {published[field]!r}")
+    missing = [field for field in ("r", "target_modules") if field not in published]
+    if missing:
+        raise WeightsError(f"{path} must tell {' and '.join(missing)}")
+    if not isinstance(published["target_modules"], list):
+        targets = published["target_modules"]
+        raise WeightsError(f"{path}: target_modules must be a list of names, got {targets!r}")
 
 
 def _last(name: object) -> str:

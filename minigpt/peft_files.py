@@ -30,6 +30,7 @@ NAMES = {  # peft's names of our settings
 }
 # Fields that say nothing about what a trained adapter computes. Any other must be off.
 HARMLESS = {
+    "auto_mapping",
     "base_model_name_or_path",
     "fan_in_fan_out",
     "inference_mode",

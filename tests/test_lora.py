@@ -2,6 +2,7 @@
 
 import json
 import re
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ from parity_lora import (
     loss_of,
     new_base,
 )
-from peft import PeftModel
+from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 
 import hf_bridge
@@ -230,6 +231,26 @@ def test_what_either_side_saves_the_other_loads_without_a_warning(
     base: Base, tmp_path: Path, settings: dict[str, Any]
 ) -> None:
     check_files(base, tmp_path, **settings)
+
+
+def test_what_peft_saves_without_a_task_is_loaded_without_a_warning(
+    base: Base, tmp_path: Path
+) -> None:
+    pair = base.pair()
+    config = LoraConfig(r=2, target_modules=["c_fc"], fan_in_fan_out=True)
+    theirs = get_peft_model(pair.theirs, config)  # with no task it tells the base's class instead
+    for name, parameter in theirs.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.2)
+    theirs.save_pretrained(tmp_path)
+    ids = torch.arange(20)[None]
+    expected = theirs(input_ids=ids, attention_mask=torch.ones_like(ids)).logits
+    for side, step in ((GPT, lora), (hf_bridge.GPT, bridge)):
+        model = side.from_pretrained(base.folder, dtype=torch.float64)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            step.load(model, tmp_path)
+        assert_close(model(ids), expected)
 
 
 def test_saving_what_was_loaded_changes_no_byte(saved: Path, model: GPT, tmp_path: Path) -> None:
@@ -464,15 +485,27 @@ def test_keys_that_peft_would_skip_are_an_error(base: Base, saved: Path) -> None
         ({"lora_alpha": "16"}, "alpha must be a number above 0, got '16'"),
         ({"lora_dropout": None}, "dropout must be a number in [0, 1), got None"),
         ({"target_modules": [1]}, "attn.c_proj and so on, got 1"),
+        ({"target_modules": None}, "target_modules must be a list of names, got None"),
+        ({"lora_alpha": 0}, "alpha must be a number above 0, got 0"),
+        ({"layers_to_transform": [0]}, "layers_to_transform must be off here, got [0]"),
+        ({"exclude_modules": ["c_fc"]}, "exclude_modules must be off here, got ['c_fc']"),
+        ({"unknown": 3}, "unknown must be off here, got 3"),
     ],
     ids=str,
 )
 def test_what_we_do_not_compute_is_not_loaded(
-    saved: Path, model: GPT, changes: dict[str, Any], message: str
+    base: Base, saved: Path, changes: dict[str, Any], message: str
 ) -> None:
     configured(**changes)(saved)
-    with pytest.raises(WeightsError, match=re.escape(message)):
-        lora.load(model, saved)
+    for side, step, error in (
+        (GPT, lora, WeightsError),
+        (hf_bridge.GPT, bridge, hf_bridge.WeightsError),
+    ):
+        model = side.from_pretrained(base.folder)
+        before = str(model)
+        with pytest.raises(error, match=re.escape(message)):
+            step.load(model, saved)
+        assert str(model) == before
 
 
 def test_an_adapter_of_another_base_is_refused_by_name(base: Base, saved: Path) -> None:
