@@ -25,7 +25,7 @@ from transformers.pytorch_utils import Conv1D
 from transformers.utils import logging
 
 from hf_bridge import config as config_step
-from hf_bridge.files import WeightsError, read_json, resolve, weight_files
+from hf_bridge.files import WeightsError, read_json, resolve, weight_files, writing
 from hf_bridge.model import GPT
 from hf_bridge.weights import check_report, diagnose, quiet
 
@@ -96,14 +96,17 @@ def dequantize(model: GPT) -> GPT:
 
 
 def save(model: GPT, folder: str | Path) -> None:
-    """Write config.json and model.safetensors; ValueError for a model that is not quantized."""
+    """Write config.json and model.safetensors, each at one stroke.
+
+    Raises ValueError for a model that is not quantized, or holds other wrapped layers.
+    """
     if not _quantized(model):
         raise ValueError("the model is not quantized: quantize it first, or use save_pretrained")
     _check_plain(model)
     model.hf.generation_config = GenerationConfig.from_model_config(model.config)
     try:
-        with quiet():
-            model.hf.save_pretrained(folder)
+        with quiet(), writing(Path(folder)) as part:
+            model.hf.save_pretrained(part)
     finally:
         model.hf.generation_config = GenerationConfig()
 

@@ -480,6 +480,19 @@ def test_a_quantized_model_is_not_saved_as_a_plain_one(
 
 
 @SIDES
+def test_a_full_disk_leaves_the_old_codes_whole(
+    checkpoint: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, side: str
+) -> None:
+    model, step = load(side, checkpoint.folder, dtype=torch.float32)
+    step.save(step.quantize(model), tmp_path)
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    monkeypatch.setattr("os.replace", lambda *_: (_ for _ in ()).throw(OSError(28, "disk full")))
+    with pytest.raises(OSError, match="disk full"):
+        step.save(step.quantize(step.dequantize(model), "int8"), tmp_path)
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+@SIDES
 @pytest.mark.parametrize("bits", [["4", "--double-quant"], ["4", "--quant-type", "fp4"], ["8"]])
 def test_the_command_writes_a_model_that_both_sides_load(
     checkpoint: Checkpoint,
