@@ -7,8 +7,10 @@ Twin: minigpt/training.py.  Proof: tests/test_training.py.
 
 import argparse
 import os
+import re
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from itertools import chain
 from pathlib import Path
@@ -17,6 +19,7 @@ from typing import Any
 import torch
 from accelerate import PartialState
 from torch.utils.data import DataLoader
+from transformers.trainer_utils import get_last_checkpoint
 
 from hf_bridge import adapters, lora, metrics
 from hf_bridge.batches import IGNORED, Batches, Causal, Example, seeded, split
@@ -35,6 +38,7 @@ from hf_bridge.train import train
 
 CHUNKS = "chunks.jsonl"
 END = "<|endoftext|>"
+FULL = "out of memory|can't allocate memory"
 CONFIGS: dict[str, dict[str, Any]] = {
     "tiny": {"n_layer": 4, "n_embd": 256, "n_head": 4, "n_positions": 512},
     "small": {"n_layer": 6, "n_embd": 384, "n_head": 6, "n_positions": 512},
@@ -130,7 +134,8 @@ def evaluate_model(options: argparse.Namespace) -> None:
         raise ValueError(f"{options.data} holds no text of two tokens or more to measure")
     how = {"max_length": options.max_length, "stride": options.stride}
     windows = (metrics.windows(model, torch.tensor([ids]), **how) for ids in chain([first], rows))
-    measured = metrics.evaluate(model, _bar(chain.from_iterable(windows)))
+    with _memory():
+        measured = metrics.evaluate(model, _bar(chain.from_iterable(windows)))
     for name, value in {**measured, **_variety(model, tokenizer, options.seed)}.items():
         print(f"{name:<12}{value:>12,.4f}" if name != "tokens" else f"{name:<12}{value:>12,}")
 
@@ -177,15 +182,16 @@ def _run(
             **_variety(model, tokenizer, options.seed),
         }
 
-    records = train(
-        model,
-        batches,
-        run_config(options, len(learned)),
-        output_dir=options.output,
-        evaluate=evaluate,
-        save=save,
-        resume_from_checkpoint=options.resume_from_checkpoint,
-    )
+    with _hint(Path(options.output)), _memory():
+        records = train(
+            model,
+            batches,
+            run_config(options, len(learned)),
+            output_dir=options.output,
+            evaluate=evaluate,
+            save=save,
+            resume_from_checkpoint=options.resume_from_checkpoint,
+        )
     return min(r["eval_perplexity"] for r in records if "eval_perplexity" in r)
 
 
@@ -257,6 +263,34 @@ def _variety(model: GPT, tokenizer: Tokenizer, seed: int) -> Record:
     rows = generate(model, start, max_new_tokens=new, generator=generator, eos_token_id=eos)
     texts = [[i for i in row[1:] if i != eos] for row in rows.tolist()]
     return {"distinct_1": metrics.distinct(texts, 1), "distinct_2": metrics.distinct(texts, 2)}
+
+
+@contextmanager
+def _hint(folder: Path) -> Iterator[None]:
+    """Say how to go on with a run that was interrupted, or that found the disk full."""
+    try:
+        yield
+    except (KeyboardInterrupt, OSError) as error:
+        kept = get_last_checkpoint(str(folder))
+        if PartialState().is_main_process and kept:
+            _say(f"stopped; {kept} is kept: add --resume-from-checkpoint to go on from there")
+        elif PartialState().is_main_process and isinstance(error, KeyboardInterrupt):
+            _say("stopped before the first checkpoint: the same command begins anew")
+        raise
+
+
+@contextmanager
+def _memory() -> Iterator[None]:
+    """Turn torch's many ways to say that memory is full into one line."""
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        if not isinstance(error, MemoryError) and not re.search(FULL, str(error)):
+            raise
+        raise OSError(
+            "memory is full: make --batch-size smaller (and --gradient-accumulation-steps larger), "
+            "or the rows shorter (--chunk-size, --max-length)"
+        ) from error
 
 
 def _device() -> torch.device:
