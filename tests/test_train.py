@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from torch import Tensor
+from torch.nn.utils import clip_grad_norm_
 from transformers import get_cosine_with_min_lr_schedule_with_warmup
 
 import hf_bridge.train
@@ -113,8 +114,50 @@ def decay_all(model, config):
     return optimizer
 
 
+def decay_norms_and_biases(model, config):
+    optimizer = make_optimizer(model, config)
+    others = optimizer.param_groups[1]
+    small = [p for p in others["params"] if p.dim() < 2]
+    others["params"] = [p for p in others["params"] if p.dim() >= 2]
+    optimizer.add_param_group({"params": small, "weight_decay": config.weight_decay})
+    return optimizer
+
+
+def no_bias_correction(model, config):
+    """As if a million steps had passed: 1 - beta^step is 1."""
+    optimizer = make_optimizer(model, config)
+    for group in optimizer.param_groups:
+        for p in group["params"]:
+            optimizer.state[p] = {
+                "step": torch.tensor(1e6),
+                "exp_avg": torch.zeros_like(p),
+                "exp_avg_sq": torch.zeros_like(p),
+            }
+    return optimizer
+
+
+def decay_in_the_gradient(model, config):
+    optimizer = make_optimizer(model, config)
+    for group in optimizer.param_groups:
+        group["decoupled_weight_decay"] = False
+    return optimizer
+
+
+def each_by_itself(parameters, limit):
+    return torch.stack([clip_grad_norm_([p], limit) for p in parameters]).norm()
+
+
 MISTAKES = {
     "decay on embeddings, norms and biases": ("train", "make_optimizer", decay_all),
+    "decay on norms and biases": ("train", "make_optimizer", decay_norms_and_biases),
+    "decay in the gradient, as in Adam": ("train", "make_optimizer", decay_in_the_gradient),
+    "no bias correction": ("train", "make_optimizer", no_bias_correction),
+    "clipping after the step": (
+        "clipping",
+        "clip_grad_norm_",
+        lambda parameters, limit: clip_grad_norm_(parameters, math.inf),
+    ),
+    "clipping each tensor by itself": ("clipping", "clip_grad_norm_", each_by_itself),
     "a schedule one step ahead": (
         "optimize",
         "learning_rate",
@@ -143,7 +186,8 @@ MISTAKES = {
 @pytest.mark.parametrize("mistake", MISTAKES)
 def test_the_comparison_with_the_trainer_notices(mistake, trainers, monkeypatch):
     module, name, wrong = MISTAKES[mistake]
-    monkeypatch.setattr({"train": train_step, "optimize": optimize}[module], name, wrong)
+    modules = {"train": train_step, "optimize": optimize, "clipping": torch.nn.utils}
+    monkeypatch.setattr(modules[module], name, wrong)
     records = train(new_model().double(), batches, CONFIG, progress=False)
     assert differences(records, trainers[0]) > 1000 * EXACT
 
