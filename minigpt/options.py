@@ -2,7 +2,7 @@
 
     options.json      what a run was asked for; who resumes it must ask for the same
 
-Proof: tests/test_options.py.
+Twin: hf_bridge/options.py.  Proof: tests/test_options.py.
 """
 
 import argparse
