@@ -376,7 +376,7 @@ def test_a_full_disk_leaves_the_last_checkpoint_and_the_run_goes_on_from_it(tmp_
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     names = sorted(path.name for path in tmp_path.iterdir())
-    assert names == ["checkpoint-2", "log.jsonl"]
+    assert names == ["checkpoint-2", "curves.png", "log.jsonl"]
     resumed = new_model()
     train(
         resumed, batches, config, output_dir=tmp_path, resume_from_checkpoint=True, progress=False
