@@ -6,9 +6,16 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-from chatbot.engines import ENGINES, TUTOR, Engine, generation_config, open_engine
+from chatbot.engines import (
+    ENGINES,
+    TUTOR,
+    Engine,
+    display_name,
+    generation_config,
+    open_engine,
+)
 from chatbot.settings import NAMES, RULES, Settings, from_generation_config, parse
-from chatbot.texts import LANGUAGES, ChatError
+from chatbot.texts import LANGUAGES, ChatError, say
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -65,6 +72,8 @@ def _chat(options: argparse.Namespace, language: str) -> int:
     prompt = _prompt(options)
     if prompt is not None and not prompt.strip():
         raise ChatError("empty_message")
+    if prompt is None:
+        print(say(language, "loading", model=display_name(options.model)), flush=True)
     engine = open_engine(
         options.engine,
         options.model,
@@ -72,7 +81,11 @@ def _chat(options: argparse.Namespace, language: str) -> int:
         attention_sinks=given.get("attention_sinks", 0),
         adapter=options.adapter,
     )
-    settings = from_generation_config(generation_config(options.model))
+    try:
+        settings = from_generation_config(generation_config(options.model))
+    except ChatError as error:
+        path = f"{options.model}, generation_config.json"
+        raise ChatError("file_failed", path=path, why=error.text(language)) from error
     for name in NAMES:
         if name in given:
             settings = settings.set(name, given[name])
@@ -101,13 +114,17 @@ def _talk(engine: Engine, settings: Settings, system: str, language: str, engine
 
 def _prompt(options: argparse.Namespace) -> str | None:
     """What to say at once: -p, or all of standard input unless that is a keyboard."""
-    if options.prompt is not None or sys.stdin.isatty():
+    if options.prompt is not None:
         return options.prompt
+    if sys.stdin is None:  # closed
+        return ""
+    if sys.stdin.isatty():
+        return None
     raw = sys.stdin.buffer.read()
     try:
         return raw.decode("utf-8")
     except UnicodeDecodeError as error:
-        raise ChatError("not_unicode", place=error.start) from error
+        raise ChatError("not_unicode", place=len(raw[: error.start].decode())) from error
 
 
 def _system_language() -> str:

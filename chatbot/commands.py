@@ -39,25 +39,24 @@ def system(terminal: Terminal, argument: str) -> None:
 def change(terminal: Terminal, argument: str) -> None:
     """Show the settings, or change one."""
     conversation = terminal.conversation
+    shown = settings.NAMES
     if argument:
         name, _, value = argument.replace("=", " ").partition(" ")
         name = name.strip("-").replace("-", "_")
         if name not in settings.NAMES:
             raise ChatError("unknown_setting", name=name, names=", ".join(settings.NAMES))
-        new = settings.parse(name, value.strip())
-        conversation.settings = conversation.settings.set(name, new)
-    for name in settings.NAMES:
-        terminal.line(f"{name} {getattr(conversation.settings, name)}")
+        shown = (name,)
+        if value.strip():
+            new = settings.parse(name, value.strip())
+            conversation.settings = conversation.settings.set(name, new)
+    for name in shown:
+        value = getattr(conversation.settings, name)
+        terminal.line(f"{name} {'off' if value is None else value}")
 
 
 def seed(terminal: Terminal, argument: str) -> None:
-    """Fix the seed, or let it go."""
-    if argument in ("", "off"):
-        value = None if argument else terminal.conversation.settings.seed
-    else:
-        value = settings.parse("seed", argument)
-    terminal.conversation.settings = terminal.conversation.settings.set("seed", value)
-    terminal.line(f"seed {value}")
+    """Show the seed, fix it, or let it go."""
+    change(terminal, f"seed {argument}")
 
 
 def clear(terminal: Terminal, argument: str) -> None:
@@ -92,7 +91,7 @@ def load(terminal: Terminal, argument: str) -> None:
 def export(terminal: Terminal, argument: str) -> None:
     """Write the conversation for people to read."""
     path = _path("/export", argument)
-    model = display_name(terminal.conversation.engine)
+    model = display_name(terminal.conversation.engine.name)
     storage.export(terminal.conversation, path, terminal.language, model)
     terminal.note("saved", path=path)
 
@@ -103,7 +102,7 @@ def tokens(terminal: Terminal, argument: str) -> None:
         raise ChatError("wants", name="/tokens", what="TEXT")
     engine = terminal.conversation.engine
     ids = engine.encode(argument)
-    terminal.line(" ".join(repr(engine.decode([i])) for i in ids))
+    terminal.line(" ".join(repr(engine.decode([i])) for i in ids), wrap=False)
     terminal.note("tokens", tokens=len(ids), characters=len(argument))
 
 
@@ -123,11 +122,17 @@ def context(terminal: Terminal, argument: str) -> None:
 
 
 def stats(terminal: Terminal, argument: str) -> None:
-    """Show the last reply's numbers once more."""
-    if terminal.last is None:
+    """Show the last reply's numbers, with their units."""
+    reply = terminal.last
+    if reply is None:
         terminal.note("no_stats")
-    else:
-        terminal.footer(terminal.last)
+        return
+    terminal.note("stats_prompt", tokens=reply.prompt_tokens, reused=reply.reused)
+    if reply.seconds_to_first and reply.prefill_speed:
+        seconds, speed = f"{reply.seconds_to_first:.2f}", rate(reply.prefill_speed)
+        terminal.note("stats_first", seconds=seconds, speed=speed)
+    if reply.decode_speed:
+        terminal.note("stats_reply", tokens=reply.new_tokens, speed=rate(reply.decode_speed))
 
 
 def leave(terminal: Terminal, argument: str) -> None:
@@ -156,9 +161,14 @@ COMMANDS: dict[str, Callable[[Terminal, str], None]] = {
 def run(terminal: Terminal, line: str) -> None:
     """Do what a line that begins with a slash says; ChatError for a command that there is not."""
     name, _, argument = line[1:].partition(" ")
-    if name not in COMMANDS:
+    if name.lower() not in COMMANDS:
         raise ChatError("unknown_command", name=f"/{name}")
-    COMMANDS[name](terminal, argument.strip())
+    COMMANDS[name.lower()](terminal, argument.strip())
+
+
+def rate(speed: float) -> str:
+    """Tokens per second, not more exactly than they are: 130, 0.4."""
+    return f"{speed:.0f}" if speed >= 10 else f"{speed:.1f}"
 
 
 def _path(command: str, argument: str) -> Path:

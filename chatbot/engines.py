@@ -83,12 +83,9 @@ def open_engine(
     )
 
 
-def display_name(engine: Engine) -> str:
-    """How people call the model: the last part of its path or hub id.
-
-    `engine.name` is what it was opened by.
-    """
-    folder = Path(engine.name)
+def display_name(model: str | Path) -> str:
+    """How people call a model: the last part of its path or hub id."""
+    folder = Path(model)
     return (folder.resolve() if folder.is_dir() else folder).name
 
 

@@ -54,6 +54,8 @@ NAMES = tuple(field.name for field in fields(Settings))
 def parse(name: str, text: str) -> Any:
     """A setting as a person writes it -> its value; ChatError if it is outside its range.
 
+    A seed may be "off".
+
     >>> parse("top_p", "0.9")
     0.9
     >>> parse("top_p", "1.5")
@@ -61,6 +63,8 @@ def parse(name: str, text: str) -> Any:
     chatbot.texts.ChatError: top_p must be in (0, 1], got 1.5
     """
     kind, accepts, rule = RULES[name]
+    if name == "seed" and text == "off":
+        return None
     try:
         value = kind(text)
     except ValueError:

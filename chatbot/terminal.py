@@ -9,8 +9,10 @@ Proof: tests/test_terminal.py.
 """
 
 import os
+import shutil
 import signal
 import sys
+import textwrap
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from types import FrameType
@@ -40,23 +42,36 @@ class Terminal:
     def run(self, engine_name: str) -> int:
         """Talk until the end of the input (0) or Ctrl-C at the prompt (130)."""
         with suppress(ImportError):
-            import readline  # noqa: F401  (arrow keys and history, where the system has it)
+            import readline  # arrow keys and history, where the system has it
+
+            if os.environ.get("TERM") != "dumb":  # such a one shows what is meant for terminals
+                readline.parse_and_bind("set enable-bracketed-paste on")  # many lines, one message
         engine = self.conversation.engine
-        model = display_name(engine)
+        model = display_name(engine.name)
         self.note("greeting", model=model, engine=engine_name, context=engine.context_length)
         self.note("greeting_small")
         self.note("greeting_help")
+        interrupted = False
         while True:
             try:
-                self.answer(self._read())
+                self.out.write("\n")
+                text = self._read()
+                interrupted = False
+                self.answer(text)
             except ChatError as error:
                 self.line(error.text(self.language))
+            except ValueError as error:  # of the model, whose template may refuse a conversation
+                self.line(str(error))
             except EOFError:
                 self.note("bye")
                 return 0
             except KeyboardInterrupt:
+                # One that was meant for a reply, but came a moment late, must not end it all.
                 self.out.write("\n")
-                return 130
+                if interrupted:
+                    return 130
+                interrupted = True
+                self.note("interrupt")
 
     def answer(self, text: str) -> None:
         """Do what a line says: a command, or a message to the model."""
@@ -93,17 +108,17 @@ class Terminal:
         """Seconds to the first token, tokens per second, and how full the context is."""
         used = reply.prompt_tokens + reply.new_tokens
         maximum = self.conversation.engine.context_length
-        parts = []
+        parts: list[str] = []
         if reply.seconds_to_first is not None:
             parts.append(self.say("footer_first", seconds=f"{reply.seconds_to_first:.2f}"))
         if reply.prefill_speed:
-            parts.append(self.say("footer_prefill", speed=f"{reply.prefill_speed:.0f}"))
+            parts.append(self.say("footer_prefill", speed=commands.rate(reply.prefill_speed)))
         if reply.decode_speed:
-            parts.append(self.say("footer_decode", speed=f"{reply.decode_speed:.0f}"))
-        parts.append(self.say("footer_context", used=used, maximum=maximum))
+            parts.append(self.say("footer_decode", speed=commands.rate(reply.decode_speed)))
+        context = self.say("footer_context", used=used, maximum=maximum)
         if reply.reused:
-            parts.append(self.say("footer_reused", reused=reply.reused))
-        self.line(" · ".join(parts))
+            context += ", " + self.say("footer_reused", reused=reply.reused)
+        self.line(" · ".join([*parts, context]))
 
     def say(self, key: str, **values: object) -> str:
         """A sentence in the person's language."""
@@ -113,8 +128,12 @@ class Terminal:
         """Print a sentence of ours, dimmed, to stand apart from the model's."""
         self.line(self.say(key, **values))
 
-    def line(self, text: str) -> None:
-        """Print a line of ours."""
+    def line(self, text: str, *, wrap: bool = True) -> None:
+        """Print a line of ours; too long for the screen, it is broken between words."""
+        if wrap and self.out.isatty():
+            width = shutil.get_terminal_size().columns
+            fill = textwrap.TextWrapper(width, break_long_words=False, break_on_hyphens=False).fill
+            text = "\n".join(map(fill, text.splitlines()))
         self.out.write(f"\x1b[2m{text}\x1b[0m\n" if self.colored else f"{text}\n")
         self.out.flush()
 

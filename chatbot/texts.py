@@ -20,11 +20,12 @@ TEXTS: dict[str, tuple[str, str]] = {
         "/help lists the commands, Ctrl-C stops a reply, Ctrl-D leaves.",
         "/help muestra las órdenes, Ctrl-C para una respuesta, Ctrl-D sale.",
     ),
-    "footer_first": ("{seconds} s to first token", "primer token en {seconds} s"),
-    "footer_prefill": ("prefill {speed} tokens/s", "lectura {speed} tokens/s"),
-    "footer_decode": ("decode {speed} tokens/s", "escritura {speed} tokens/s"),
+    "interrupt": ("Ctrl-C again, or Ctrl-D, leaves.", "Ctrl-C otra vez, o Ctrl-D, sale."),
+    "footer_first": ("first token {seconds} s", "primer token {seconds} s"),
+    "footer_prefill": ("prefill {speed}/s", "lee {speed}/s"),
+    "footer_decode": ("decode {speed}/s", "escribe {speed}/s"),
     "footer_context": ("context {used}/{maximum}", "contexto {used}/{maximum}"),
-    "footer_reused": ("{reused} from the cache", "{reused} de la caché"),
+    "footer_reused": ("{reused} cached", "{reused} en caché"),
     "left": (
         "{left} earlier turns no longer fit the context: the model does not see them any more",
         "{left} turnos anteriores ya no caben en el contexto: el modelo deja de verlos",
@@ -127,6 +128,18 @@ TEXTS: dict[str, tuple[str, str]] = {
         "{used} de {maximum} tokens en uso, {room} reservados para la respuesta",
     ),
     "no_stats": ("No reply yet.", "Aún no hay respuesta."),
+    "stats_prompt": (
+        "prompt: {tokens} tokens, {reused} of them from the cache",
+        "entrada: {tokens} tokens, {reused} de ellos de la caché",
+    ),
+    "stats_first": (
+        "first token after {seconds} s: prefill {speed} tokens/s",
+        "primer token a los {seconds} s: lectura a {speed} tokens/s",
+    ),
+    "stats_reply": (
+        "reply: {tokens} tokens, decode {speed} tokens/s",
+        "respuesta: {tokens} tokens, escritura a {speed} tokens/s",
+    ),
     # errors
     "unknown_command": (
         "unknown command {name}: /help lists them, // begins a message with a slash",
@@ -162,8 +175,8 @@ TEXTS: dict[str, tuple[str, str]] = {
         "{name} debe ser un entero de 1 o más, y es {got}",
     ),
     "rule_seed": (
-        "{name} must be a whole number of 0 or more, got {got}",
-        "{name} debe ser un entero de 0 o más, y es {got}",
+        "{name} must be a whole number of 0 or more, or off, got {got}",
+        "{name} debe ser un entero de 0 o más, u off, y es {got}",
     ),
     "empty_message": (
         "the message is empty: write something",

@@ -1,5 +1,6 @@
 """The program itself: one reply, a pipe, and one clear line for whatever is wrong."""
 
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -60,6 +61,7 @@ def test_transformers_is_imported_by_its_own_engine_only(chat_model: Path) -> No
     [
         (["-p", ""], b"", "the message is empty: write something"),
         ([], b"  \n", "the message is empty: write something"),
+        ([], "áé".encode() + b"\xff", "the text is not valid UTF-8 (at character 2)"),
         ([], b"ab\xff", "the text is not valid UTF-8 (at character 2): save or send it as UTF-8"),
         (["-p", "x", "--temperature", "-1"], b"", "temperature must be a number of 0 or more"),
         (["-p", "x", "--temperature", "nan"], b"", "temperature must be a number of 0 or more"),
@@ -95,6 +97,26 @@ def test_what_is_wrong_is_one_line_and_exit_code_2(
     assert out == ""
     assert message in err
     assert err.count("\n") == 1
+
+
+def test_a_closed_standard_input_is_an_empty_message(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "stdin", None)
+    assert main(["--lang", "en"]) == 2
+    assert capsys.readouterr().err == "chatbot: the message is empty: write something\n"
+
+
+def test_advice_of_the_model_that_cannot_be_followed_names_its_file(
+    chat_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(chat_model, tmp_path, dirs_exist_ok=True)
+    (tmp_path / "generation_config.json").write_text('{"temperature": -3}')
+    assert main(["-p", "x", "--model", str(tmp_path), "--lang", "es"]) == 2
+    assert capsys.readouterr().err == (
+        f"chatbot: {tmp_path}, generation_config.json: "
+        "temperature debe ser un número de 0 o más, y es -3\n"
+    )
 
 
 def test_a_failure_of_the_system_is_exit_code_1(

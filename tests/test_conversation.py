@@ -212,12 +212,17 @@ def test_settings_follow_the_makers_advice() -> None:
         ("top_k", "x", r"top_k must be a whole number of 0 \(off\) or more, got x"),
         ("repetition_penalty", "0", "repetition_penalty must be a number above 0, got 0"),
         ("max_new_tokens", "0", "max_new_tokens must be a whole number of at least 1, got 0"),
-        ("seed", "-3", "seed must be a whole number of 0 or more, got -3"),
+        ("seed", "-3", "seed must be a whole number of 0 or more, or off, got -3"),
     ],
 )
 def test_a_value_outside_its_range_is_refused(name: str, text: str, message: str) -> None:
     with pytest.raises(ChatError, match=message):
         parse(name, text)
+
+
+def test_a_seed_may_be_off() -> None:
+    assert parse("seed", "off") is None
+    assert parse("seed", "0") == 0
 
 
 def test_both_languages_speak_of_the_same_values() -> None:

@@ -1,15 +1,23 @@
 """The real program in a pseudo-terminal, driven as a person would."""
 
 import codecs
+import io
 import os
 import re
 import select
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
+
+from chatbot.commands import rate
+from chatbot.conversation import Conversation
+from chatbot.engines import open_engine
+from chatbot.settings import Settings
+from chatbot.terminal import Terminal
 
 pty = pytest.importorskip("pty", reason="pseudo-terminals are a Unix thing")
 ROOT = Path(__file__).parent.parent
@@ -18,9 +26,9 @@ ROOT = Path(__file__).parent.parent
 class Screen:
     """A running chat: type into it, wait for what it shows."""
 
-    def __init__(self, *arguments: str):
+    def __init__(self, *arguments: str, term: str = "dumb"):
         self.master, slave = pty.openpty()
-        environment = {**os.environ, "NO_COLOR": "1", "LC_ALL": "C.UTF-8", "TERM": "dumb"}
+        environment = {**os.environ, "NO_COLOR": "1", "LC_ALL": "C.UTF-8", "TERM": term}
         command = [sys.executable, "-m", "chatbot", *arguments]
         self.process = subprocess.Popen(
             command, stdin=slave, stdout=slave, stderr=slave, cwd=ROOT, env=environment,
@@ -75,14 +83,16 @@ def test_a_conversation_from_greeting_to_goodbye(chat_model: Path, tmp_path: Pat
     greeting = screen.wait("> $")
     assert "engine minigpt · context of 128 tokens" in greeting
     assert "may be wrong" in greeting
-    assert "s to first token" in screen.ask("hola", r"context \d+/128")
-    assert "from the cache" in screen.ask("otra vez", r"from the cache")
+    assert re.search(r"first token \d+\.\d\d s", screen.ask("hola", r"context \d+/128"))
+    screen.ask("otra vez", r"context \d+/128, \d+ cached")
     assert screen.ask("/help", "/exit").count("\n/") >= 12
     assert "turn 2:" in screen.ask("/context", "kept free for a reply")
     screen.ask("/set top_p 0.5", "top_p 0.5")
+    assert "temperature" not in screen.ask("/set top_p", "top_p 0.5")
     screen.ask("/set top_p 7", r"top_p must be in \(0, 1\], got 7")
     screen.ask("/set nonsense 7", "unknown setting nonsense: choose from temperature")
     screen.ask("/nonsense", "unknown command /nonsense")
+    screen.ask("/SEED off", "seed off")
     screen.ask("/seed 4", "seed 4")
     screen.ask("/tokens hola", r"\d+ tokens, 4 characters")
     screen.ask(f"/save {tmp_path}/c.json", "Saved to")
@@ -93,7 +103,7 @@ def test_a_conversation_from_greeting_to_goodbye(chat_model: Path, tmp_path: Pat
     screen.ask("/load", "/load wants FILE")
     screen.ask("/regen", r"context \d+/128")
     screen.ask("//help", r"context \d+/128")
-    screen.ask("/stats", r"context \d+/128")
+    screen.ask("/stats", r"prompt: \d+ tokens, \d+ of them from the cache")
     screen.ask("palabra " * 60, "tokens, but .* fit: shorten it")
     screen.ask("/clear", "A new conversation.")
     screen.type('"""first line\n')
@@ -127,8 +137,77 @@ def test_ctrl_c_stops_a_reply_and_keeps_it_and_leaves_at_the_prompt(
     assert shown
     screen.wait("> $")
     screen.ask("/context", r"turn 1: \d+ tokens")
-    for _ in range(10):  # one that comes just before the prompt reads is lost
-        if screen.process.poll() is None:
-            screen.type("\x03")
-            time.sleep(1)
+    for _ in range(5):  # one that comes just before the prompt reads waits for the next key
+        screen.type("\x03")
+        with suppress(AssertionError):
+            screen.wait("Ctrl-C again, or Ctrl-D, leaves.", seconds=10)
+            break
+    for _ in range(5):
+        screen.type("\x03")
+        with suppress(subprocess.TimeoutExpired):
+            screen.process.wait(timeout=60)  # a further one would kill a program that is leaving
+            break
     assert screen.end() == 130
+
+
+@pytest.mark.slow
+def test_pasted_lines_are_one_message(chat_model: Path) -> None:
+    readline = pytest.importorskip("readline", reason="not every Python has it")
+    if "libedit" in (readline.__doc__ or ""):
+        pytest.skip("libedit knows no bracketed paste")
+    screen = Screen("--model", str(chat_model), "--max-new-tokens", "3", term="xterm")
+    screen.wait("> $")
+    screen.type("\x1b[200~first line\nsecond line\x1b[201~")  # as a terminal sends what is pasted
+    screen.ask("", r"context \d+/128")
+    screen.ask("/undo", "Taken back: first line\r\nsecond line")
+    screen.type("\x04")
+    screen.wait("Bye.")
+    assert screen.end() == 0
+
+
+def talk(
+    chat_model: Path, monkeypatch: pytest.MonkeyPatch, *typed: str | type[BaseException]
+) -> tuple[int, str]:
+    """What a conversation ends with and shows, if this is typed; exceptions stand for keys."""
+    keys = iter(typed)
+
+    def type_next(prompt: str) -> str:
+        key = next(keys)
+        if isinstance(key, str):
+            return key
+        raise key
+
+    monkeypatch.setattr("builtins.input", type_next)
+    engine = open_engine("minigpt", chat_model)
+    out = io.StringIO()
+    conversation = Conversation(engine, Settings(temperature=0, max_new_tokens=4))
+    return Terminal(conversation, "en", out=out).run("minigpt"), out.getvalue()
+
+
+def test_a_ctrl_c_that_comes_a_moment_late_does_not_end_the_conversation(
+    chat_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    keys = [KeyboardInterrupt, "hola", KeyboardInterrupt, KeyboardInterrupt]
+    code, shown = talk(chat_model, monkeypatch, *keys)
+    assert code == 130
+    assert shown.count("Ctrl-C again, or Ctrl-D, leaves.") == 2
+    assert "context" in shown.split("Ctrl-C again")[1]
+
+
+def test_what_the_model_refuses_is_told_and_the_conversation_goes_on(
+    chat_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object) -> None:
+        raise ValueError("the model's chat template refuses these messages: no system")
+
+    monkeypatch.setattr("minigpt.engine.Engine.render", refuse)
+    code, shown = talk(chat_model, monkeypatch, "/system Be brief.", "hola", EOFError)
+    assert code == 0
+    assert shown.count("refuses these messages: no system\n") == 2
+
+
+@pytest.mark.parametrize(
+    ("speed", "shown"), [(0.04, "0.0"), (0.4, "0.4"), (9.96, "10.0"), (130.4, "130")]
+)
+def test_a_slow_model_has_a_speed_too(speed: float, shown: str) -> None:
+    assert rate(speed) == shown
