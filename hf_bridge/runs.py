@@ -6,8 +6,7 @@
     best/             the best model so far
     curves.png        the log as a picture
 
-Left alone, the Trainer resumes with other settings after a warning. Its checkpoints hold the
-optimizer's state as a pickle (read back with weights_only=True).
+The Trainer's checkpoints hold the optimizer's state as a pickle (read back with weights_only=True).
 
 Twin: minigpt/runs.py.  Proof: tests/test_train.py.
 """

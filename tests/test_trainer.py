@@ -282,6 +282,13 @@ def test_both_sides_refuse_the_same_numbers_with_the_same_words(numbers):
     assert told[0].startswith(f"{next(iter(numbers))} must be ")
 
 
+def test_a_run_that_fails_at_once_draws_nothing(tmp_path):
+    empty = {**batches(0), "labels": torch.full((2, 10), -100)}
+    with pytest.raises(ValueError, match="step 1 has no token to learn"):
+        train(new_model(), lambda i: empty, CONFIG, output_dir=tmp_path, progress=False)
+    assert not (tmp_path / "curves.png").exists()
+
+
 def test_the_loss_of_a_float64_model_is_float64():
     model = new_model().double()
     assert optimize.summed_loss(model, batches(0)).dtype == torch.float64
