@@ -9,24 +9,31 @@ from random import Random
 import pytest
 import torch
 
+import hf_bridge.__main__
+import hf_bridge.training
+import minigpt.__main__
 import minigpt.train
-from minigpt import GPT, training
-from minigpt.__main__ import main
-from minigpt.training import CONFIGS
+import minigpt.training
+from hf_bridge.trainer import ExactTrainer
+from minigpt import GPT
 
 WORDS = "el gato come pescado y la casa es blanca . the cat eats fish and the house is white ."
+main = minigpt.__main__.main  # of the side that is tested
 SMALL = ["--chunk-size", "16", "--vocab-size", "300", "--batch-size", "4", "--max-steps", "4"]
 
 
-@pytest.fixture(autouse=True, scope="module")
-def small():
-    """One thread, and a configuration that is quick to train, under the name of the smallest."""
+@pytest.fixture(autouse=True, scope="module", params=[minigpt, hf_bridge], ids=lambda m: m.__name__)
+def side(request: pytest.FixtureRequest):
+    """Each command by each side; a configuration that is quick to train, and one thread."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     with pytest.MonkeyPatch.context() as patch:
         sizes = {"n_layer": 1, "n_embd": 16, "n_head": 2, "n_positions": 64}
-        patch.setitem(CONFIGS, "tiny", replace(CONFIGS["tiny"], **sizes))
-        yield
+        ours, theirs = minigpt.training.CONFIGS, hf_bridge.training.CONFIGS
+        patch.setitem(ours, "tiny", replace(ours["tiny"], **sizes))
+        patch.setitem(theirs, "tiny", sizes)
+        patch.setitem(globals(), "main", request.param.__main__.main)
+        yield request.param
     torch.set_num_threads(threads)
 
 
@@ -39,7 +46,7 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def trained(tmp_path_factory: pytest.TempPathFactory, text: Path) -> Path:
+def trained(tmp_path_factory: pytest.TempPathFactory, text: Path, side) -> Path:
     """The folder of a run of four steps."""
     folder = tmp_path_factory.mktemp("trained")
     assert run("train", "--data", text, "--output", folder, *SMALL) == 0
@@ -219,15 +226,21 @@ def test_half_a_surrogate_pair_is_named_by_its_line(tmp_path, capsys):
 
 
 def interrupted_at(step: int, error: BaseException, monkeypatch: pytest.MonkeyPatch) -> None:
-    """From now on, the update after so many steps raises."""
-    update = minigpt.train.update
+    """From now on, the update after so many steps raises, on both sides."""
+    update, training_step = minigpt.train.update, ExactTrainer.training_step
 
     def failing(model, batches, optimizer, number, config):
         if number == step:
             raise error
         return update(model, batches, optimizer, number, config)
 
+    def failing_too(trainer, model, inputs, num_items_in_batch=None):
+        if trainer.state.global_step == step:
+            raise error
+        return training_step(trainer, model, inputs, num_items_in_batch)
+
     monkeypatch.setattr(minigpt.train, "update", failing)
+    monkeypatch.setattr(ExactTrainer, "training_step", failing_too)
 
 
 @pytest.mark.parametrize(
@@ -253,20 +266,20 @@ def test_a_run_that_is_stopped_says_how_it_goes_on(
     assert run("train", *flags) == 0
 
 
-def test_an_error_that_is_ours_is_not_hidden_as_full_memory():
-    with pytest.raises(RuntimeError, match="shapes"), training._memory():
+def test_an_error_that_is_ours_is_not_hidden_as_full_memory(side):
+    with pytest.raises(RuntimeError, match="shapes"), side.training._memory():
         raise RuntimeError("shapes cannot be multiplied")
 
 
-def test_a_full_disk_leaves_no_half_picture(tmp_path):
+def test_a_full_disk_leaves_no_half_picture(side, tmp_path):
     records = [{"step": i, "loss": 1.0 / i, "learning_rate": 0.1} for i in (1, 2, 3)]
-    minigpt.train.runs.draw_curves(records, tmp_path / "curves.png")
+    side.runs.draw_curves(records, tmp_path / "curves.png")
     before = contents(tmp_path)
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (4096, hard))
     try:
         with pytest.raises(OSError, match="File too large"):
-            minigpt.train.runs.draw_curves(records[:2], tmp_path / "curves.png")
+            side.runs.draw_curves(records[:2], tmp_path / "curves.png")
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert contents(tmp_path) == before
