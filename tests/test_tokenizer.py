@@ -182,8 +182,8 @@ def change(folder: Path, part: str, name: str, value: object) -> None:
     path.write_text(json.dumps(content), encoding="utf-8")
 
 
-def spoil(name: str, content: bytes) -> Callable[[Path], None]:
-    return lambda folder: (folder / name).write_bytes(content) and None
+def spoil(name: str, content: bytes) -> Callable[[Path], object]:
+    return lambda folder: (folder / name).write_bytes(content)
 
 
 def older(folder: Path, merges: bytes) -> None:
@@ -216,7 +216,7 @@ def older(folder: Path, merges: bytes) -> None:
     ],
 )  # fmt: skip
 def test_files_that_would_give_other_ids_or_none_are_refused(
-    ours: Tokenizer, tmp_path: Path, side: type, damage: Callable[[Path], None], message: str
+    ours: Tokenizer, tmp_path: Path, side: type, damage: Callable[[Path], object], message: str
 ) -> None:
     ours.save_pretrained(tmp_path)
     side.from_pretrained(tmp_path)
