@@ -11,7 +11,6 @@ in safetensors, the rest is JSON: no file can run code.
 Twin: hf_bridge/train.py.  Proof: tests/test_train.py.
 """
 
-import io
 import json
 import os
 import re
@@ -178,9 +177,12 @@ def draw_curves(records: Sequence[Record], path: Path) -> None:
     rate.set_xlabel("step")
     for axes in (loss, rate):
         axes.grid(alpha=0.3)
-    picture = io.BytesIO()
-    figure.savefig(picture, format="png", dpi=120)
-    write_atomically(path, picture.getvalue())
+    part = path.with_name(f".{path.name}.part")
+    try:
+        figure.savefig(part, format="png", dpi=120)
+        os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)
 
 
 def _checkpoints(folder: Path) -> list[Path]:
