@@ -4,7 +4,7 @@
 
 A label is the token to predict at its own place (the loss shifts it), or -100: not to be learned.
 
-Twin: hf_bridge/data.py.  Proof: tests/test_data.py.
+Twin: hf_bridge/batches.py.  Proof: tests/test_data.py.
 """
 
 from collections.abc import Callable, Mapping, Sequence

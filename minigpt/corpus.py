@@ -2,7 +2,7 @@
 
     file -> UTF-8 -> one spelling for what looks the same -> pieces, cut where tokens end anyway
 
-Twin: hf_bridge/data.py.  Proof: tests/test_data.py.
+Twin: hf_bridge/corpus.py.  Proof: tests/test_data.py.
 """
 
 import codecs

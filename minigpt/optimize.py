@@ -9,7 +9,7 @@ Several processes share the rows of each batch and add up their gradients, all d
 number of tokens in the whole step: however a step is divided into batches and processes, it is
 the same step.
 
-Twin: hf_bridge/train.py.  Proof: tests/test_train.py.
+Twin: hf_bridge/optimize.py.  Proof: tests/test_train.py.
 """
 
 import math

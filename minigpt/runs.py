@@ -8,7 +8,7 @@
 Since batches and dropout depend on a step's number only, nothing else has to be kept. Tensors are
 in safetensors, the rest is JSON: no file can run code.
 
-Twin: hf_bridge/train.py.  Proof: tests/test_train.py.
+Twin: hf_bridge/runs.py.  Proof: tests/test_train.py.
 """
 
 import json
