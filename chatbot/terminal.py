@@ -23,6 +23,7 @@ from chatbot.conversation import Conversation
 from chatbot.engines import display_name
 from chatbot.reply import Reply
 from chatbot.texts import ChatError, say
+from chatbot.wrap import WordWrap
 
 PROMPT = "> "
 QUOTES = '"""'
@@ -84,14 +85,15 @@ class Terminal:
         """Print a reply as it comes, then its numbers."""
         if reply.left:
             self.note("left_one" if reply.left == 1 else "left", left=reply.left)
+        wrap = WordWrap(shutil.get_terminal_size().columns) if self.out.isatty() else None
         with self._catching_interrupts():
             for piece in reply:
-                self.out.write(piece)
+                self.out.write(wrap.feed(piece) if wrap else piece)
                 self.out.flush()
                 if self._stop:
                     reply.close()
                     break
-        self.out.write("\n")
+        self.out.write(f"{wrap.flush() if wrap else ''}\n")
         self.last = reply
         if reply.end == "interrupted":
             self.note("stopped")

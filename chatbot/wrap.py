@@ -1,0 +1,70 @@
+"""Lines broken between words, though the text comes in pieces.
+
+    piece -> words and spaces -> a word is shown when it has ended -> on the next line if it is long
+
+A terminal by itself breaks a line wherever it is full, in the middle of a word.
+
+Proof: tests/test_wrap.py.
+"""
+
+import re
+import unicodedata
+
+PART = re.compile(r"\n|[^\S\n]+|\S+")
+
+
+class WordWrap:
+    """Text for a screen of `width` columns. What is held back is at most one word.
+
+    >>> wrap = WordWrap(10)
+    >>> [wrap.feed(text) for text in ("a to", "ken is", " a number")], wrap.flush()
+    (['a', ' token', ' is\\na'], ' number')
+    """
+
+    def __init__(self, width: int):
+        self.width = width
+        self._column = 0  # of the screen, after all that was shown
+        self._space = ""  # between that and the word, not shown at the end of a line
+        self._word = ""
+
+    def feed(self, text: str) -> str:
+        """What can be shown now that `text` has come too."""
+        shown = ""
+        for part in PART.findall(text):
+            if part == "\n":
+                shown += self.flush() + part
+                self._column = 0
+            elif part.isspace():
+                shown += self._show_word()
+                self._space += part
+            else:
+                self._word += part
+                columns = _columns(self._word)
+                if columns > self.width or columns > len(self._word):
+                    shown += self._show_word()  # too long for a line, or of a script without spaces
+        return shown
+
+    def flush(self) -> str:
+        """The word that was held back, at the end or before a line break."""
+        shown = self._show_word()
+        self._space = ""
+        return shown
+
+    def _show_word(self) -> str:
+        if not self._word:
+            return ""
+        between, size = self._space, _columns(self._word)
+        if self._column and self._column + _columns(between) + size > self.width:
+            between, self._column = "\n", 0
+        else:
+            self._column += _columns(between)
+        self._column += size
+        shown = between + self._word
+        self._space = self._word = ""
+        return shown
+
+
+def _columns(text: str) -> int:
+    """How wide a text is on a screen: East Asian signs and emoji take two columns, marks none."""
+    wide = sum(unicodedata.east_asian_width(sign) in "WF" for sign in text)
+    return len(text) + wide - sum(unicodedata.combining(sign) > 0 for sign in text)
