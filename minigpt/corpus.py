@@ -61,8 +61,7 @@ def read_documents(path: str | Path, *, ascii_only: bool = False) -> Iterator[It
     """
     for file in find_files(path):
         if file.suffix == ".jsonl":
-            for number, line in enumerate(_lines(file), 1):
-                text = _field(line, f"{file}:{number}")
+            for (text,) in _rows(file):
                 yield iter([clean(text, ascii_only=ascii_only)])
         else:
             yield (clean(piece, ascii_only=ascii_only) for piece in _pieces(file))
@@ -76,12 +75,8 @@ def read_pairs(path: str | Path) -> Iterator[tuple[str, str]]:
     """
     for file in find_files(path):
         if file.suffix == ".jsonl":
-            for number, line in enumerate(_lines(file), 1):
-                place = f"{file}:{number}"
-                if b'"completion"' in line:
-                    yield _field(line, place, "prompt"), _field(line, place, "completion")
-                else:
-                    yield "", _field(line, place)
+            for *prompt, completion in _rows(file, pairs=True):
+                yield "".join(prompt), completion
         else:
             whole = clean("".join(_pieces(file)))
             yield from (("", text.strip()) for text in re.split(r"\n\s*\n", whole) if text.strip())
@@ -114,15 +109,20 @@ def _decode(
         raise ValueError(f"{file} must be UTF-8 text, got byte {wrong:#04x} at {place}") from error
 
 
-def _lines(file: Path) -> Iterator[bytes]:
-    with open(file, "rb") as stream:
-        yield from stream
-
-
-def _field(line: bytes, place: str, name: str = "text") -> str:
-    try:
-        text = clean(json.loads(line)[name])
-        text.encode()  # JSON can spell half of a surrogate pair, which is no character
-        return text
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f'{place} must be {{"{name}": …}}, got {line[:40]!r}') from error
+def _rows(file: Path, *, pairs: bool = False) -> Iterator[list[str]]:
+    """The texts of each line of a .jsonl that is not blank: one, or a prompt and its completion."""
+    with open(file, "rb") as lines:
+        for number, line in enumerate(lines, 1):
+            if not line.strip():
+                continue
+            texts, name = [], "text"
+            try:
+                row = json.loads(line)
+                names = ["prompt", "completion"] if pairs and "completion" in row else ["text"]
+                for name in names:
+                    texts.append(clean(row[name]))
+                    texts[-1].encode()  # JSON can spell half of a surrogate pair: no character
+            except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+                got = line[:40].decode(errors="replace").strip()
+                raise ValueError(f'{file}:{number} must be {{"{name}": …}}, got {got!r}') from error
+            yield texts

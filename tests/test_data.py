@@ -139,6 +139,7 @@ def test_corpora_that_are_none_are_refused(side, tmp_path):
         '["text"]',
         '"text"',
         "{",
+        pytest.param("[" * 100_000, id="deep"),
     ],
 )
 def test_a_line_of_jsonl_without_text_is_named(side, line, tmp_path):
@@ -148,12 +149,14 @@ def test_a_line_of_jsonl_without_text_is_named(side, line, tmp_path):
     assert line[:9] in str(caught.value)
 
 
-def test_blank_lines_and_a_byte_order_mark_are_no_rows_of_jsonl(tmp_path):
+@BOTH
+def test_blank_lines_and_a_byte_order_mark_are_no_rows_of_jsonl(side, tmp_path):
     text = '\ufeff{"text": "the word \\"completion\\""}\n\n{"text": "completion"}\r\n \n'
     (tmp_path / "a.jsonl").write_bytes(text.encode())
     want = ['the word "completion"', "completion"]
-    assert read("hf_bridge", tmp_path) == want
-    assert list(their_corpus.read_pairs(tmp_path)) == [("", text) for text in want]
+    assert read(side, tmp_path) == want
+    module = corpus if side == "minigpt" else their_corpus
+    assert list(module.read_pairs(tmp_path)) == [("", text) for text in want]
 
 
 @pytest.mark.parametrize(
