@@ -15,7 +15,7 @@ import pytest
 
 from chatbot.commands import rate
 from chatbot.conversation import Conversation
-from chatbot.engines import open_engine
+from chatbot.engines import TUTOR, open_engine
 from chatbot.settings import Settings
 from chatbot.terminal import Terminal
 
@@ -182,6 +182,25 @@ def talk(
     out = io.StringIO()
     conversation = Conversation(engine, Settings(temperature=0, max_new_tokens=4))
     return Terminal(conversation, "en", out=out).run("minigpt"), out.getvalue()
+
+
+def test_a_reply_on_a_narrow_screen_is_broken_between_words(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    class Screenful(io.StringIO):
+        def isatty(self) -> bool:
+            return True
+
+    monkeypatch.setenv("COLUMNS", "30")
+    monkeypatch.setenv("NO_COLOR", "1")
+    engine, out = open_engine("minigpt", TUTOR), Screenful()
+    conversation = Conversation(engine, Settings(temperature=0, max_new_tokens=60))
+    Terminal(conversation, "es", out=out).answer("¿Qué es la atención?")
+    said = conversation.turns[-1].assistant
+    lines = out.getvalue().split("\n")
+    assert len(said) > 60 and "\n" not in said
+    assert " ".join(lines).startswith(said)
+    assert max(map(len, lines)) <= 30
 
 
 def test_a_ctrl_c_that_comes_a_moment_late_does_not_end_the_conversation(

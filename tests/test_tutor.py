@@ -14,6 +14,7 @@ from transformers import AutoTokenizer, GPT2LMHeadModel
 from bench.held_out import DIALOGUES, FOLDER, Seen, read_cases, words_of
 from bench.quality import GROUPS, unseen
 from chatbot.engines import TUTOR, open_engine
+from chatbot.tutor import __main__ as training
 from chatbot.tutor.corpus import (
     CHAT_TEMPLATE,
     FOLLOW_UPS,
@@ -24,6 +25,7 @@ from chatbot.tutor.corpus import (
 )
 from chatbot.tutor.rows import Rows
 from minigpt import Tokenizer
+from minigpt.train import TrainConfig
 
 # Whoever changes a held-out file changes what the tutor's scores mean: not by accident.
 HELD_OUT = {
@@ -260,6 +262,40 @@ def test_a_step_always_has_the_same_batch(trained: Tokenizer) -> None:
     assert Rows(TALK, trained, seed=3).batch(8) != batches[0]
     ids, labels = batches[0]
     assert len({len(row) for row in [*ids, *labels]}) == 1 and len(ids) == len(labels)
+
+
+# --- the training -------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_a_tutor_that_broke_off_ends_as_if_it_had_not(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Three steps of `make tutor`, and the same with a checkpoint after two of them."""
+    often = lambda **given: TrainConfig(**{**given, "save_steps": 2})  # noqa: E731
+    monkeypatch.setattr(training, "TrainConfig", often)
+    batch = training.batch
+
+    def breaking_off(source: Rows, step: int) -> dict[str, torch.Tensor]:
+        if step == 2 and source.seed == 0:
+            raise OSError("the power is gone")
+        return batch(source, step)
+
+    def weights(name: str) -> bytes:
+        runs, output = tmp_path / f"{name}_runs", tmp_path / name
+        flags = f"--steps 3 --device cpu --runs {runs} --output {output}"
+        training.main(flags.split())
+        assert not list(runs.glob("checkpoint-*"))  # the next run is a new one
+        return (output / "model.safetensors").read_bytes()
+
+    straight = weights("straight")
+    with monkeypatch.context() as patch, pytest.raises(OSError, match="the power is gone"):
+        patch.setattr(training, "batch", breaking_off)
+        weights("broken")
+    assert not (tmp_path / "broken").exists()
+    assert weights("broken") == straight
+    assert (tmp_path / "broken" / "loss.png").is_file()
+    assert open_engine("minigpt", tmp_path / "broken").render([{"role": "user", "content": "Hola"}])
 
 
 # --- the model ----------------------------------------------------------------------------------
