@@ -31,6 +31,7 @@ CHAT_TEMPLATE = (
 )
 SPECIAL_TOKENS = ("<|endoftext|>", "<|system|>", "<|user|>", "<|assistant|>")
 FOLLOW_UPS = ("why", "example", "short")
+PLAIN = 4  # words of a short question
 
 Sections = dict[str, list[str]]  # "es answer" -> its lines
 Message = dict[str, str]
@@ -98,6 +99,11 @@ class Conversations:
     def __init__(self, dialogues: Dialogues):
         self.dialogues = dialogues
         self.topics = list(dialogues.topics)
+        self.plain = {  # what everybody asks first: "What is {term}?"
+            language: [frame for frame in frames if len(frame.split()) <= PLAIN]
+            for language in LANGUAGES
+            for frames in [dialogues.carriers[f"{language} named"]]
+        }
 
     def messages(self, random: Random, turns: int) -> list[Message]:
         """One conversation of so many turns, after a system prompt in some of them."""
@@ -156,11 +162,14 @@ class Conversations:
 
         def wording() -> str:
             way = random.random()
-            if way < 0.35:
+            if way < 0.15:  # a term that others contain is learned by being asked for alone
+                frame = random.choice(self.plain[language])
+            elif way < 0.45:
                 frame = thin(random, random.choice(self.dialogues.carriers[f"{language} named"]))
-                return contract(frame.replace("{term}", casing(random, random.choice(terms))))
-            kind = "named" if way < 0.55 else "unnamed"
-            return thin(random, random.choice(topic[f"{language} {kind}"]), kept)
+            else:
+                kind = "named" if way < 0.62 else "unnamed"
+                return thin(random, random.choice(topic[f"{language} {kind}"]), kept)
+            return contract(frame.replace("{term}", casing(random, random.choice(terms))))
 
         user = wording()
         if random.random() < 0.25:  # asked twice, in two ways
