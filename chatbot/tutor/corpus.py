@@ -162,14 +162,15 @@ class Conversations:
 
         def wording() -> str:
             way = random.random()
-            if way < 0.15:  # a term that others contain is learned by being asked for alone
+            if way < 0.2:  # a term that others contain is learned by being asked for alone
                 frame = random.choice(self.plain[language])
-            elif way < 0.45:
+            elif way < 0.48:
                 frame = thin(random, random.choice(self.dialogues.carriers[f"{language} named"]))
             else:
-                kind = "named" if way < 0.62 else "unnamed"
+                kind = "named" if way < 0.65 else "unnamed"
                 return thin(random, random.choice(topic[f"{language} {kind}"]), kept)
-            return contract(frame.replace("{term}", casing(random, random.choice(terms))))
+            term = terms[0] if random.random() < 0.4 else random.choice(terms)
+            return contract(frame.replace("{term}", casing(random, term)))
 
         user = wording()
         if random.random() < 0.25:  # asked twice, in two ways
