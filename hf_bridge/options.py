@@ -13,7 +13,7 @@ from typing import Any
 from hf_bridge.batches import split
 from hf_bridge.corpus import find_files
 from hf_bridge.optimize import TrainConfig
-from hf_bridge.runs import check_folder, compare, keep
+from hf_bridge.runs import check_folder, compare, keep, read_settings
 
 OPTIONS = "options.json"
 FREE = ("run", "command", "output", "data", "debug", "resume_from_checkpoint")  # may differ
@@ -32,7 +32,8 @@ def check_options(options: argparse.Namespace) -> Path | None:
     split([{"input_ids": []}] * 2, options.validation_split)
     checkpoint = check_folder(folder, options.resume_from_checkpoint)
     if checkpoint is not None:
-        compare(folder / OPTIONS, _asked(options), checkpoint)
+        path = folder / OPTIONS
+        compare(path, read_settings(path, checkpoint), _asked(options))
     return checkpoint
 
 

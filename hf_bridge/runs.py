@@ -44,11 +44,16 @@ def keep(path: Path, settings: Mapping[str, Any]) -> None:
     path.write_text(json.dumps(settings, indent=2, default=str) + "\n", encoding="utf-8")
 
 
-def compare(path: Path, settings: Mapping[str, Any], checkpoint: Path) -> None:
-    """Raise ValueError, naming the first three, if settings differ from those in a run's file."""
+def read_settings(path: Path, checkpoint: Path) -> Record:
+    """What a run's file says of it; ValueError if the run with that checkpoint has no such file."""
     if not path.is_file():
         raise ValueError(f"{path} is missing: {checkpoint} is of another program")
-    there, here = read_json(path), json.loads(json.dumps(settings, default=str))
+    return read_json(path)
+
+
+def compare(path: Path, there: Mapping[str, Any], here: Mapping[str, Any]) -> None:
+    """Raise ValueError, naming the first three, if settings differ from those in a run's file."""
+    here = json.loads(json.dumps(here, default=str))
     wrong = [
         f"{name} is {there.get(name)} there, {here.get(name)} here"
         for name in dict.fromkeys([*there, *here])

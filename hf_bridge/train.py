@@ -65,7 +65,8 @@ def train(
         if checkpoint is None:
             runs.keep(folder / runs.SETTINGS, settings)
         else:
-            runs.compare(folder / runs.SETTINGS, settings, checkpoint)
+            path = folder / runs.SETTINGS
+            runs.compare(path, runs.read_settings(path, checkpoint), settings)
         with quiet(), _own_chance(model.device):
             trainer = ExactTrainer(model, batches, config, folder, evaluate, save, checkpoint)
             trainer.add_callback(Steps(config.seed, progress and trainer.journal.writes))

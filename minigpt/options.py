@@ -11,9 +11,9 @@ from pathlib import Path
 
 from minigpt.batches import split
 from minigpt.corpus import find_files
-from minigpt.files import read_json, write_json
+from minigpt.files import write_json
 from minigpt.optimize import Record, TrainConfig
-from minigpt.runs import check_folder, compare
+from minigpt.runs import check_folder, compare, read_settings
 
 OPTIONS = "options.json"
 FREE = ("run", "command", "output", "data", "debug", "resume_from_checkpoint")  # may differ
@@ -31,11 +31,9 @@ def check_options(options: argparse.Namespace) -> Path | None:
     run_config(options, options.batch_size)
     split([{"input_ids": []}] * 2, options.validation_split)
     checkpoint = check_folder(folder, options.resume_from_checkpoint)
-    asked = _asked(options)
     if checkpoint is not None:
-        if not (folder / OPTIONS).is_file():
-            raise ValueError(f"{folder / OPTIONS} is missing: {checkpoint} is of another program")
-        compare(folder / OPTIONS, read_json(folder / OPTIONS), asked)
+        path = folder / OPTIONS
+        compare(path, read_settings(path, checkpoint), _asked(options))
     return checkpoint
 
 

@@ -137,6 +137,13 @@ def load_checkpoint(
     return state
 
 
+def read_settings(path: Path, checkpoint: Path) -> Record:
+    """What a run's file says of it; ValueError if the run with that checkpoint has no such file."""
+    if not path.is_file():
+        raise ValueError(f"{path} is missing: {checkpoint} is of another program")
+    return read_json(path)
+
+
 def compare(path: Path, there: Mapping[str, Any], here: Mapping[str, Any]) -> None:
     """Raise ValueError, naming the first three, if settings differ from those in a run's file."""
     there, here = _flat(there), _flat(json.loads(json.dumps(here)))
