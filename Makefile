@@ -14,7 +14,7 @@ test: $(VENV)/.installed
 bench: $(VENV)/.installed
 	$(BIN)/python -m bench speed
 
-# glibc gives memory back after every step and is given it anew, page by page: twice the time.
+# glibc gives memory back after every step and is given it anew, page by page, which costs a part of each one.
 tutor: $(VENV)/.installed
 	MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=8589934592 MALLOC_TOP_PAD_=268435456 \
 		$(BIN)/python -m chatbot.tutor

@@ -13,7 +13,7 @@ from typing import Any
 from hf_bridge.batches import split
 from hf_bridge.corpus import find_files
 from hf_bridge.optimize import TrainConfig
-from hf_bridge.runs import check_folder, compare, keep, read_settings
+from hf_bridge.runs import check_folder, compare, read_settings, write_settings
 
 OPTIONS = "options.json"
 FREE = ("run", "command", "output", "data", "debug", "resume_from_checkpoint")  # may differ
@@ -41,7 +41,7 @@ def write_options(options: argparse.Namespace) -> None:
     """Begin a run's directory with what was asked for."""
     folder = Path(options.output)
     folder.mkdir(parents=True, exist_ok=True)
-    keep(folder / OPTIONS, _asked(options))
+    write_settings(folder / OPTIONS, _asked(options))
 
 
 def run_config(options: argparse.Namespace, rows: int) -> TrainConfig:

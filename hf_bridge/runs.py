@@ -39,7 +39,7 @@ def check_folder(folder: Path, resume: bool) -> Path | None:
     return None if found is None else Path(found)
 
 
-def keep(path: Path, settings: Mapping[str, Any]) -> None:
+def write_settings(path: Path, settings: Mapping[str, Any]) -> None:
     """Write settings for `compare`."""
     path.write_text(json.dumps(settings, indent=2, default=str) + "\n", encoding="utf-8")
 

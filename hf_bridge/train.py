@@ -63,7 +63,7 @@ def train(
         checkpoint = runs.check_folder(folder, resume_from_checkpoint)
         settings = _settings(model, batches, config)
         if checkpoint is None:
-            runs.keep(folder / runs.SETTINGS, settings)
+            runs.write_settings(folder / runs.SETTINGS, settings)
         else:
             path = folder / runs.SETTINGS
             runs.compare(path, runs.read_settings(path, checkpoint), settings)

@@ -3,11 +3,13 @@
 import hashlib
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 from random import Random
 
 import pytest
 import torch
+import torch.nn.functional as F
 from safetensors import safe_open
 from transformers import AutoTokenizer, GPT2LMHeadModel
 
@@ -23,7 +25,8 @@ from chatbot.tutor.corpus import (
     Conversations,
     read,
 )
-from chatbot.tutor.rows import Rows
+from chatbot.tutor.embeddings import learn_embeddings
+from chatbot.tutor.rows import DECIDED, DECIDED_STYLED, Rows
 from minigpt import Tokenizer
 from minigpt.train import TrainConfig
 
@@ -214,45 +217,141 @@ def test_the_tokenizer_gives_back_every_line(trained: Tokenizer) -> None:
 
 
 def rows(tokenizer: Tokenizer) -> list[tuple[list[int], list[int]]]:
-    """Some rows of ids and labels, from the start of the training and from its end."""
+    """Some rows of ids and labels, of every phase of the training."""
     source = Rows(TALK, tokenizer, seed=0)
-    batches = [source.batch(step) for step in (0, 1, 2, 3, 9000, 9001, 9002, 9003)]
+    batches = [source.batch(step) for step in (0, 1, 2, 3, 5000, 5001, 9000, 9001, 9002, 9003)]
     return [pair for ids, labels in batches for pair in list(zip(ids, labels, strict=True))[:8]]
+
+
+def messages_of(tokenizer: Tokenizer, ids: list[int]) -> list[tuple[str, list[int]]]:
+    """A row's messages as (role, tokens with the end, if they have one); the last may be cut."""
+    names = {number: name.strip("<|>") for name, number in tokenizer.special_tokens.items()}
+    starts = [i for i, token in enumerate(ids) if token in names and names[token] != "endoftext"]
+    ends = [*starts[1:], len(ids)]
+    return [(names[ids[i]], ids[i + 1 : end]) for i, end in zip(starts, ends, strict=True)]
 
 
 def test_only_replies_are_learned(trained: Tokenizer) -> None:
     eos, assistant = trained.eos_token_id, trained.special_tokens["<|assistant|>"]
     learned = 0
     for ids, labels in rows(trained):
-        replying = False
+        reply = None  # how many of its tokens have passed
         assert ids[0] in trained.special_tokens.values()
         for token, label in zip(ids, labels, strict=True):
             if token in trained.special_tokens.values() and token != eos:
-                replying, reply = token == assistant, False  # the mark itself is given
+                assert label == -100  # the mark itself is given
+                reply = 0 if token == assistant else None
+            elif reply is None:
+                assert label == -100
+            elif token == eos and reply in (DECIDED, DECIDED_STYLED) and label == -100:
+                reply = None  # padding after a reply that was broken off
             else:
-                reply = replying
-            assert label == (token if reply else -100)
-            learned += reply
+                assert label == token
+                reply = None if token == eos else reply + 1
+                learned += 1
     assert learned > 1000
 
 
 def test_a_row_is_a_conversation_by_the_chat_template(trained: Tokenizer) -> None:
     engine = open_engine("minigpt", TUTOR)
-    names = {number: name.strip("<|>") for name, number in trained.special_tokens.items()}
     eos = trained.eos_token_id
     compared = 0
     for ids, _ in rows(trained):
-        whole = ids[: len(ids) - ids[::-1].index(eos)] if eos in ids else []  # the last may be cut
-        starts = [i for i, token in enumerate(whole) if token in names and token != eos]
-        ends = [i for i, token in enumerate(whole) if token == eos]
-        messages = [
-            {"role": names[whole[start]], "content": trained.decode(whole[start + 1 : end])}
-            for start, end in zip(starts, ends, strict=True)
-        ]
+        parts = messages_of(trained, ids)[:-1]
+        if any(tokens[-1] != eos for _, tokens in parts):
+            continue  # a reply was broken off
+        messages = [{"role": r, "content": trained.decode(tokens[:-1])} for r, tokens in parts]
+        whole = ids[: sum(1 + len(tokens) for _, tokens in parts)]
         # Users' words may be cut into other tokens than usual; their text stays the same.
         assert trained.decode(engine.render(messages)) == trained.decode(whole) + "<|assistant|>"
         compared += len(messages)
     assert compared > 100
+
+
+def test_a_reply_that_was_broken_off_begins_a_written_one(trained: Tokenizer) -> None:
+    eos = trained.eos_token_id
+    styles = [DATA.styles[style] for style in DATA.styles]
+    written = {
+        tuple(trained.encode(pattern.format(**texts))[:DECIDED])
+        for language in LANGUAGES
+        for pattern in [
+            "{why}",
+            "{example}",
+            "{short}",
+            *(style[f"{language} pattern"][0] for style in styles),
+        ]
+        for topic in DATA.topics.values()
+        for texts in [
+            {kind: topic[f"{language} {kind}"][0] for kind in ("answer", "short", "why", "example")}
+        ]
+    }
+    written |= {
+        tuple(trained.encode(reply)[:DECIDED])
+        for group in (DATA.small_talk, DATA.memory, DATA.follow_ups, {"unknown": DATA.unknown})
+        for section in group.values()
+        for language in LANGUAGES
+        for kind in ("reply", "unknown", "nothing")
+        for reply in section.get(f"{language} {kind}", [])
+    }
+    acknowledged = tuple(  # a long name makes these long
+        section[f"{language} ack"][0].split("{value}")[0]
+        for section in DATA.memory.values()
+        for language in LANGUAGES
+    )
+    seen = 0
+    for ids, _ in rows(trained):
+        for role, tokens in messages_of(trained, ids)[:-1]:
+            if role == "assistant" and tokens[-1] != eos:
+                assert len(tokens) in (DECIDED, DECIDED_STYLED)
+                text = trained.decode(tokens)
+                assert tuple(tokens[:DECIDED]) in written or text.startswith(acknowledged), text
+                seen += 1
+    assert seen > 50
+
+
+def test_the_first_phase_learns_one_exchange_a_row(trained: Tokenizer) -> None:
+    source = Rows(TALK, trained, seed=0)
+    for step in range(4):
+        ids, labels = source.batch(step)
+        for row, learned in zip(ids, labels, strict=True):
+            roles = [role for role, _ in messages_of(trained, row)]
+            assert roles in (["user", "assistant"], ["system", "user", "assistant"])
+            assert any(label != -100 for label in learned)
+
+
+def test_embeddings_start_as_a_bag_of_words_that_tells_topics_apart(trained: Tokenizer) -> None:
+    """Learned from half of each topic's wordings, they tell the other half apart."""
+    topics = dict(list(DATA.topics.items())[:12])
+    half = {
+        name: {section: lines[::2] for section, lines in topic.items()}
+        for name, topic in topics.items()
+    }
+    nothing: dict[str, list[str]] = {
+        f"{language} {name}": [] for language in LANGUAGES for name in ("user", "things")
+    }
+    others = {"small_talk": {}, "memory": {}, "follow_ups": {}, "styles": {}}
+    few = replace(DATA, topics=half, unknown=nothing, carriers=nothing, **others)
+    embeddings = learn_embeddings(few, trained, width=64, steps=100, seed=0)
+    assert embeddings.shape == (len(trained), 64)
+    assert embeddings.std().item() == pytest.approx(1.0)
+    again = learn_embeddings(few, trained, width=64, steps=100, seed=0)
+    assert torch.equal(embeddings, again)
+
+    def right(vectors: torch.Tensor) -> float:
+        """The part of the other half whose sum is nearest to its own topic's mean."""
+
+        def place(lines: list[str]) -> torch.Tensor:
+            return F.normalize(torch.stack([vectors[trained.encode(x)].sum(0) for x in lines]))
+
+        means = [place(topic["en unnamed"]).mean(0) for topic in half.values()]
+        hits = [
+            (place(topic["en unnamed"][1::2]) @ F.normalize(torch.stack(means)).T).argmax(1) == n
+            for n, topic in enumerate(topics.values())
+        ]
+        return torch.cat(hits).float().mean().item()
+
+    by_chance = torch.randn(embeddings.shape, generator=torch.Generator().manual_seed(0))
+    assert right(embeddings) > 2 * right(by_chance)
 
 
 def test_a_step_always_has_the_same_batch(trained: Tokenizer) -> None:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from chatbot.tutor import corpus
+from chatbot.tutor.embeddings import learn_embeddings
 from chatbot.tutor.rows import Rows
 from minigpt import GPT, GPTConfig, Tokenizer
 from minigpt.files import write_json
@@ -24,6 +25,7 @@ from minigpt.train import Record, TrainConfig, count_tokens, summed_loss, train
 FOLDER = Path(__file__).parent
 VOCAB_SIZE = 4096
 CONTEXT = 512
+TOKENS, WAVES = 0.08, 0.04  # how large embeddings start: what a word says outweighs where it is
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -37,7 +39,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
         corpus.texts(dialogues), vocab_size=VOCAB_SIZE, special_tokens=corpus.SPECIAL_TOKENS
     )
     tokenizer.chat_template = corpus.CHAT_TEMPLATE
-    model = new_model(tokenizer, options.seed).to(options.device)
+    broken_off = find_checkpoint(options.runs)
+    model = new_model(tokenizer, options.seed)
+    if broken_off is None:
+        start_embeddings(model, dialogues, tokenizer, options)
+    model.to(options.device)
     conversations = corpus.Conversations(dialogues)
     rows = Rows(conversations, tokenizer, seed=options.seed, steps=options.steps)
     others = Rows(conversations, tokenizer, seed=options.seed + 1)
@@ -52,7 +58,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
         bf16=options.device != "cpu",  # a CPU without matrix units computes float32 faster
         seed=options.seed,
     )
-    broken_off = find_checkpoint(options.runs)
     if broken_off is not None:
         print(f"going on from {broken_off}", flush=True)
     history = train(
@@ -82,11 +87,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def new_model(tokenizer: Tokenizer, seed: int) -> GPT:
-    """4 layers, 256 wide: 4.3 M parameters, with sinusoids as the first position embeddings.
-
-    They make "the token before" an easy thing to look for from the start, and copying a name is
-    little else (Vaswani et al. 2017, section 3.5, has the formula).
-    """
+    """4 layers, 256 wide: 4.3 M parameters."""
     config = GPTConfig(
         vocab_size=VOCAB_SIZE,
         n_positions=CONTEXT,
@@ -98,13 +99,27 @@ def new_model(tokenizer: Tokenizer, seed: int) -> GPT:
         bos_token_id=tokenizer.eos_token_id,
         eos_token_id=tokenizer.eos_token_id,
     )
-    model = GPT(config, generator=torch.Generator().manual_seed(seed))
+    return GPT(config, generator=torch.Generator().manual_seed(seed))
+
+
+def start_embeddings(
+    model: GPT, dialogues: corpus.Dialogues, tokenizer: Tokenizer, options: argparse.Namespace
+) -> None:
+    """Tokens that tell already what a line is about, and sinusoids for positions.
+
+    Those make "the token before" an easy thing to look for from the start, and copying a name is
+    little else (Vaswani et al. 2017, section 3.5, has the formula).
+    """
+    width = model.config.n_embd
+    tokens = learn_embeddings(
+        dialogues, tokenizer, width=width, steps=options.steps // 10, seed=options.seed
+    )
+    model.wte.weight.data.copy_(TOKENS * tokens)
     angles = torch.arange(CONTEXT)[:, None] * torch.exp(
-        torch.arange(0, config.n_embd, 2) * (-math.log(10000.0) / config.n_embd)
+        torch.arange(0, width, 2) * (-math.log(10000.0) / width)
     )  # (P, C / 2)
     waves = torch.stack([angles.sin(), angles.cos()], dim=-1).flatten(1)  # (P, C)
-    model.wpe.weight.data.copy_(config.initializer_range * waves)
-    return model
+    model.wpe.weight.data.copy_(WAVES * waves)
 
 
 def batch(rows: Rows, step: int) -> dict[str, Tensor]:
@@ -116,7 +131,7 @@ def batch(rows: Rows, step: int) -> dict[str, Tensor]:
 def evaluate(model: GPT, rows: Rows) -> Record:
     """Perplexity of the replies in 8 batches of other conversations (made of the same wordings)."""
     losses, tokens = 0.0, 0
-    for step in range(8):
+    for step in range(rows.steps, rows.steps + 8):  # as at the end of the training
         part = {name: tensor.to(model.device) for name, tensor in batch(rows, step).items()}
         losses += summed_loss(model, part).item()
         tokens += count_tokens(part)

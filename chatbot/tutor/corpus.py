@@ -162,18 +162,18 @@ class Conversations:
 
         def wording() -> str:
             way = random.random()
-            if way < 0.2:  # a term that others contain is learned by being asked for alone
+            if way < 0.15:  # a term that others contain is learned by being asked for alone
                 frame = random.choice(self.plain[language])
-            elif way < 0.48:
+            elif way < 0.35:
                 frame = thin(random, random.choice(self.dialogues.carriers[f"{language} named"]))
             else:
-                kind = "named" if way < 0.65 else "unnamed"
+                kind = "named" if way < 0.52 else "unnamed"
                 return thin(random, random.choice(topic[f"{language} {kind}"]), kept)
             term = terms[0] if random.random() < 0.4 else random.choice(terms)
             return contract(frame.replace("{term}", casing(random, term)))
 
         user = wording()
-        if random.random() < 0.25:  # asked twice, in two ways
+        if random.random() < 0.15:  # asked twice, in two ways
             user = f"{user}{random.choice([' ', '. ', ', ', '? '])}{wording()}"
         pattern = self.dialogues.styles[style][f"{language} pattern"][0]
         texts = {kind: topic[f"{language} {kind}"][0] for kind in ("answer", "short", "example")}
@@ -267,6 +267,30 @@ class _State:
 
     def __init__(self, language: str):
         self.language, self.topic, self.facts = language, None, {}
+
+
+def lines_by_subject(dialogues: Dialogues) -> dict[str, list[str]]:
+    """What the user and the system say, by what it is about: "en topic lora" -> its lines."""
+    subjects: dict[str, list[str]] = {}
+    for language in LANGUAGES:
+        for name, topic in dialogues.topics.items():
+            terms = topic[f"{language} terms"] * 10  # there are few, and each must tell its topic
+            wordings = [*topic[f"{language} named"], *topic[f"{language} unnamed"]]
+            subjects[f"{language} topic {name}"] = wordings + terms
+        subjects[f"{language} unknown"] = [
+            *dialogues.unknown[f"{language} user"],
+            *dialogues.carriers[f"{language} things"],
+        ]
+        for group in (dialogues.small_talk, dialogues.follow_ups):
+            for name, section in group.items():
+                subjects[f"{language} {name}"] = section[f"{language} user"]
+        for name, section in dialogues.memory.items():
+            for kind in ("tell", "ask"):
+                lines = [line.replace("{value}", "") for line in section[f"{language} {kind}"]]
+                subjects[f"{language} {kind} {name}"] = lines
+        for name, section in dialogues.styles.items():
+            subjects[f"{language} style {name}"] = section.get(f"{language} system", [])
+    return {subject: lines for subject, lines in subjects.items() if lines}
 
 
 def texts(dialogues: Dialogues) -> Iterator[str]:

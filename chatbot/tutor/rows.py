@@ -2,44 +2,67 @@
 
     conversations -> a row of ids, and of labels: -100 where the user or the system speaks
 
-Words of the user are sometimes cut into other pieces than usual (BPE dropout, Provilkova et al.
-2020), so that a word is not known by one spelling alone.
+A reply is decided in its first tokens; the others follow from these and from the weights. So most
+rows of the first phase break long replies off, and hold more questions.
 """
 
 import math
-from dataclasses import dataclass
-from itertools import pairwise
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from random import Random
 
 from chatbot.tutor.corpus import Conversations
-from minigpt.tokenizer import WORD, Tokenizer, byte_letters
+from chatbot.tutor.pieces import Pieces
+from minigpt import Tokenizer
+from minigpt.batches import IGNORED
+
+LONG = 20  # tokens, from which a reply may be broken off: what recalls a fact is shorter
+DECIDED = 8  # tokens, after which only one reply is left; a style's first words come before
+DECIDED_STYLED = 16
 
 
 @dataclass(frozen=True)
 class Phase:
-    """A part of the training, up to `end` of its steps: how long its rows are, and about what.
+    """A part of the training, up to `end` of its steps: what its rows are, and about what.
 
-    The fields after shapes are those of Conversations.conversation.
+    A part of the steps has rows of a `single` exchange each; the others, of whole conversations,
+    of which a part is `broken_off`. The last two fields are those of Conversations.conversation.
     """
 
     end: float
+    single: float
     shapes: tuple[tuple[int, int, float], ...]  # tokens a row, rows a batch, how often
+    broken_off: float
     personal: float
     styled: float
 
 
-# First to tell topics apart, the hardest thing: most rows end soon after the tutor has decided what
-# it was asked. Then to converse: memory, styles and follow-ups, at all positions of the context.
+EXCHANGES = Phase(
+    end=math.inf,
+    single=1.0,
+    shapes=((28, 144, 0.4), (48, 84, 0.6)),
+    broken_off=1.0,
+    personal=0.2,
+    styled=0.2,
+)
+# First to tell topics apart, the hardest thing: a question alone, and the first words of its reply.
+# Among other questions it takes the model ten times as many to learn the same. Then to find the
+# question in a conversation. Then whole replies, memory, styles and follow-ups, at all positions.
 PHASES = (
+    replace(EXCHANGES, end=0.45),
     Phase(
-        end=0.55,
-        shapes=((32, 128, 0.30), (64, 64, 0.22), (128, 32, 0.25), (256, 16, 0.17), (512, 8, 0.06)),
-        personal=0.35,
+        end=0.6,
+        single=0.0,
+        shapes=((64, 64, 0.40), (128, 32, 0.40), (256, 16, 0.20)),
+        broken_off=0.9,
+        personal=0.4,
         styled=0.4,
     ),
     Phase(
         end=math.inf,
+        single=0.2,
         shapes=((64, 64, 0.20), (128, 32, 0.35), (256, 16, 0.35), (512, 8, 0.10)),
+        broken_off=0.3,
         personal=0.45,
         styled=0.4,
     ),
@@ -56,56 +79,61 @@ class Rows:
         self.tokenizer = tokenizer
         self.seed = seed
         self.steps = steps
-        self._rank = {pair: rank for rank, pair in enumerate(tokenizer.merges)}
+        self.pieces = Pieces(tokenizer)
+        self.end = tokenizer.special_tokens["<|endoftext|>"]
 
     def batch(self, step: int) -> tuple[list[list[int]], list[list[int]]]:
         """Rows of ids and of labels, -100 where the user or the system speaks."""
         random = Random(f"{self.seed} {step}")
         phase = next(phase for phase in PHASES if step < phase.end * self.steps)
-        shares = [share for *_, share in phase.shapes]
-        length, rows, _ = random.choices(phase.shapes, shares)[0]
-        pairs = [self.row(random, length, phase) for _ in range(rows)]
+        single = random.random() < phase.single
+        if single:
+            phase = EXCHANGES
+        length, rows, _ = random.choices(phase.shapes, [share for *_, share in phase.shapes])[0]
+        draw = self.exchange if single else self.row
+        pairs = [draw(random, length, phase) for _ in range(rows)]
         return [ids for ids, _ in pairs], [labels for _, labels in pairs]
 
-    def row(self, random: Random, length: int, phase: "Phase") -> tuple[list[int], list[int]]:
+    def row(self, random: Random, length: int, phase: Phase) -> tuple[list[int], list[int]]:
         """The first `length` tokens of a conversation; only the replies are learned."""
         ids: list[int] = []
         labels: list[int] = []
-        eos = self.tokenizer.special_tokens["<|endoftext|>"]
-        stream = self.conversations.conversation(
-            random, personal=phase.personal, styled=phase.styled
-        )
-        while len(ids) < length:
-            message = next(stream)
-            role, content = message["role"], message["content"]
-            if role == "assistant":
-                tokens = self.tokenizer.encode(content)
-                labels += [-100, *tokens, eos]
-            else:
-                tokens = self.encode_varied(random, content)
-                labels += [-100] * (len(tokens) + 2)
-            ids += [self.tokenizer.special_tokens[f"<|{role}|>"], *tokens, eos]
+        for more, learned in self._messages(random, phase):
+            ids += more
+            labels += learned
+            if len(ids) >= length:
+                break
         return ids[:length], labels[:length]
 
-    def encode_varied(self, random: Random, text: str) -> list[int]:
-        """Encode, with some words cut into other pieces: each merge is left out now and then."""
-        ids = []
-        for word in WORD.findall(text):
-            if random.random() < 0.15:
-                ids += self._cut(random, word)
-            else:
-                ids += self.tokenizer.encode(word)
-        return ids
-
-    def _cut(self, random: Random, word: str) -> list[int]:
-        parts = [byte_letters()[byte] for byte in word.encode()]
+    def exchange(self, random: Random, length: int, phase: Phase) -> tuple[list[int], list[int]]:
+        """A conversation up to its first reply, padded to `length`; it is no shorter phase's."""
+        least = max((shape[0] for shape in phase.shapes if shape[0] < length), default=0)
         while True:
-            ranked = [
-                (rank, i)
-                for i, pair in enumerate(pairwise(parts))
-                if (rank := self._rank.get(pair)) is not None and random.random() > 0.25
-            ]
-            if not ranked:
-                return [self.tokenizer.vocab[part] for part in parts]
-            _, i = min(ranked)
-            parts[i : i + 2] = [parts[i] + parts[i + 1]]
+            ids: list[int] = []
+            labels: list[int] = []
+            for more, learned in self._messages(random, phase):
+                ids += more
+                labels += learned
+                if learned[-1] != IGNORED:
+                    break
+            if least < len(ids) <= length:
+                missing = length - len(ids)
+                return ids + [self.end] * missing, labels + [IGNORED] * missing
+
+    def _messages(self, random: Random, phase: Phase) -> Iterator[tuple[list[int], list[int]]]:
+        """Each message's ids and labels; in some conversations long replies are broken off."""
+        broken_off, decided = random.random() < phase.broken_off, DECIDED
+        for message in self.conversations.conversation(
+            random, personal=phase.personal, styled=phase.styled
+        ):
+            role, content = message["role"], message["content"]
+            first = self.tokenizer.special_tokens[f"<|{role}|>"]
+            if role == "assistant":
+                tokens = [*self.tokenizer.encode(content), self.end]
+                if broken_off and len(tokens) > LONG:
+                    tokens = tokens[:decided]
+                yield [first, *tokens], [IGNORED, *tokens]
+            else:
+                tokens = [first, *self.pieces.encode(random, content), self.end]
+                decided = DECIDED_STYLED if role == "system" else decided
+                yield tokens, [IGNORED] * len(tokens)

@@ -41,7 +41,7 @@ def words_of(text: str) -> list[str]:
 def thin(random: Random, text: str, kept: frozenset[str] = frozenset()) -> str:
     """Leave out or move some words, but none of `kept`: what is asked hangs on no single word."""
     words = text.split(" ")
-    if random.random() < 0.5 or len(words) < 3:
+    if random.random() < 0.6 or len(words) < 3:
         return text
     rate = random.choice([0.1, 0.2, 0.35])
     words = [
