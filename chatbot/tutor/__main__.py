@@ -78,7 +78,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 def parser() -> argparse.ArgumentParser:
     """The flags; the defaults make the tutor that the repository contains."""
     flags = argparse.ArgumentParser(prog="python -m chatbot.tutor", description="Train the tutor.")
-    flags.add_argument("--steps", type=int, default=10000, help="of about 4,096 tokens")
+    flags.add_argument("--steps", type=int, default=11800, help="of about 4,096 tokens")
     flags.add_argument("--seed", type=int, default=0)
     flags.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     flags.add_argument("--output", type=Path, default=FOLDER, help="the model directory")
@@ -112,7 +112,7 @@ def start_embeddings(
     """
     width = model.config.n_embd
     tokens = learn_embeddings(
-        dialogues, tokenizer, width=width, steps=options.steps // 10, seed=options.seed
+        dialogues, tokenizer, width=width, steps=min(1000, options.steps // 10), seed=options.seed
     )
     model.wte.weight.data.copy_(TOKENS * tokens)
     angles = torch.arange(CONTEXT)[:, None] * torch.exp(

@@ -47,11 +47,12 @@ EXCHANGES = Phase(
 )
 # First to tell topics apart, the hardest thing: a question alone, and the first words of its reply.
 # Among other questions it takes the model ten times as many to learn the same. Then to find the
-# question in a conversation. Then whole replies, memory, styles and follow-ups, at all positions.
+# question in a conversation. Then whole replies, memory, styles and follow-ups, at all positions;
+# in the end more of the last three.
 PHASES = (
-    replace(EXCHANGES, end=0.45),
+    replace(EXCHANGES, end=0.38),
     Phase(
-        end=0.6,
+        end=0.51,
         single=0.0,
         shapes=((64, 64, 0.40), (128, 32, 0.40), (256, 16, 0.20)),
         broken_off=0.9,
@@ -59,12 +60,20 @@ PHASES = (
         styled=0.4,
     ),
     Phase(
-        end=math.inf,
+        end=0.8,
         single=0.2,
         shapes=((64, 64, 0.20), (128, 32, 0.35), (256, 16, 0.35), (512, 8, 0.10)),
         broken_off=0.3,
-        personal=0.45,
+        personal=0.5,
         styled=0.4,
+    ),
+    Phase(
+        end=math.inf,
+        single=0.15,
+        shapes=((64, 64, 0.35), (128, 32, 0.40), (256, 16, 0.20), (512, 8, 0.05)),
+        broken_off=0.3,
+        personal=0.6,
+        styled=0.45,
     ),
 )
 
@@ -73,7 +82,7 @@ class Rows:
     """Rows of token ids, cut from conversations: step -> a batch, always the same one."""
 
     def __init__(
-        self, conversations: Conversations, tokenizer: Tokenizer, *, seed: int, steps: int = 10000
+        self, conversations: Conversations, tokenizer: Tokenizer, *, seed: int, steps: int = 11800
     ):
         self.conversations = conversations
         self.tokenizer = tokenizer
