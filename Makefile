@@ -14,7 +14,7 @@ test: $(VENV)/.installed
 bench: $(VENV)/.installed
 	$(BIN)/python -m bench speed
 
-# glibc gives memory back after every step and is given it anew, page by page, which costs a part of each one.
+# Without these glibc gives memory back after every step and is given it anew, page by page.
 tutor: $(VENV)/.installed
 	MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=8589934592 MALLOC_TOP_PAD_=268435456 \
 		$(BIN)/python -m chatbot.tutor

@@ -76,7 +76,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def parser() -> argparse.ArgumentParser:
-    """The flags; the defaults make the tutor that the repository contains."""
+    """The flags; the card says how the weights in the repository differ from the defaults'."""
     flags = argparse.ArgumentParser(prog="python -m chatbot.tutor", description="Train the tutor.")
     flags.add_argument("--steps", type=int, default=11800, help="of about 4,096 tokens")
     flags.add_argument("--seed", type=int, default=0)

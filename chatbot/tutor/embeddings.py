@@ -1,6 +1,6 @@
 """Where the token embeddings start: as the sum of its words, a line already tells what it is about.
 
-    line -> ids -> sum of their embeddings -> which of 400 things it is about
+    line -> ids -> sum of their embeddings -> which of hundreds of subjects it has
 
 That is fastText (Joulin et al. 2017), and learned in half a minute. A transformer that starts from
 embeddings drawn by chance must find out by itself, in an hour, that "merge" and "adapter" speak of
@@ -25,7 +25,7 @@ LEFT_OUT = 0.3  # of a line's tokens, so that no single one decides
 def learn_embeddings(
     dialogues: Dialogues, tokenizer: Tokenizer, *, width: int, steps: int, seed: int
 ) -> Tensor:
-    """Embeddings of all tokens, (V, width), of unit standard deviation."""
+    """Embeddings of all V tokens, of unit standard deviation: (V, width), the same for a seed."""
     from tqdm import tqdm
 
     subjects = lines_by_subject(dialogues)

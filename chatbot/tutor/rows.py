@@ -2,8 +2,8 @@
 
     conversations -> a row of ids, and of labels: -100 where the user or the system speaks
 
-A reply is decided in its first tokens; the others follow from these and from the weights. So most
-rows of the first phase break long replies off, and hold more questions.
+A reply is decided in its first tokens; the others follow from these and from the weights. So the
+first phase breaks long replies off, and sees more questions for the same work.
 """
 
 import math
@@ -16,7 +16,7 @@ from chatbot.tutor.pieces import Pieces
 from minigpt import Tokenizer
 from minigpt.batches import IGNORED
 
-LONG = 20  # tokens, from which a reply may be broken off: what recalls a fact is shorter
+LONG = 20  # tokens; a longer reply may be broken off: few that recall a fact are
 DECIDED = 8  # tokens, after which only one reply is left; a style's first words come before
 DECIDED_STYLED = 16
 
@@ -46,7 +46,7 @@ EXCHANGES = Phase(
     styled=0.2,
 )
 # First to tell topics apart, the hardest thing: a question alone, and the first words of its reply.
-# Among other questions it takes the model ten times as many to learn the same. Then to find the
+# Among other questions it takes the model many times as long to learn the same. Then to find the
 # question in a conversation. Then whole replies, memory, styles and follow-ups, at all positions;
 # in the end more of the last three.
 PHASES = (
@@ -115,7 +115,7 @@ class Rows:
         return ids[:length], labels[:length]
 
     def exchange(self, random: Random, length: int, phase: Phase) -> tuple[list[int], list[int]]:
-        """A conversation up to its first reply, padded to `length`; it is no shorter phase's."""
+        """A conversation up to its first reply, padded to `length`; no shorter shape would do."""
         least = max((shape[0] for shape in phase.shapes if shape[0] < length), default=0)
         while True:
             ids: list[int] = []
