@@ -26,7 +26,8 @@ from chatbot.tutor.corpus import (
     read,
 )
 from chatbot.tutor.embeddings import learn_embeddings
-from chatbot.tutor.rows import DECIDED, DECIDED_STYLED, Rows
+from chatbot.tutor.rows import DECIDED, DECIDED_LATER, EXCHANGES, Rows
+from chatbot.tutor.start import start_copying, start_embeddings
 from minigpt import Tokenizer
 from minigpt.train import TrainConfig
 
@@ -220,7 +221,7 @@ def rows(tokenizer: Tokenizer) -> list[tuple[list[int], list[int]]]:
     """Some rows of ids and labels, of every phase of the training."""
     source = Rows(TALK, tokenizer, seed=0)
     batches = [source.batch(step) for step in (0, 1, 2, 3, 5000, 5001, 9000, 9001, 9002, 9003)]
-    return [pair for ids, labels in batches for pair in list(zip(ids, labels, strict=True))[:8]]
+    return [pair for ids, labels in batches for pair in list(zip(ids, labels, strict=True))[:16]]
 
 
 def messages_of(tokenizer: Tokenizer, ids: list[int]) -> list[tuple[str, list[int]]]:
@@ -243,7 +244,7 @@ def test_only_replies_are_learned(trained: Tokenizer) -> None:
                 reply = 0 if token == assistant else None
             elif reply is None:
                 assert label == -100
-            elif token == eos and reply in (DECIDED, DECIDED_STYLED) and label == -100:
+            elif token == eos and reply in (DECIDED, DECIDED_LATER) and label == -100:
                 reply = None  # padding after a reply that was broken off
             else:
                 assert label == token
@@ -302,21 +303,26 @@ def test_a_reply_that_was_broken_off_begins_a_written_one(trained: Tokenizer) ->
     for ids, _ in rows(trained):
         for role, tokens in messages_of(trained, ids)[:-1]:
             if role == "assistant" and tokens[-1] != eos:
-                assert len(tokens) in (DECIDED, DECIDED_STYLED)
+                assert len(tokens) in (DECIDED, DECIDED_LATER)
                 text = trained.decode(tokens)
                 assert tuple(tokens[:DECIDED]) in written or text.startswith(acknowledged), text
                 seen += 1
     assert seen > 50
 
 
-def test_the_first_phase_learns_one_exchange_a_row(trained: Tokenizer) -> None:
+def test_a_question_alone_is_a_row_with_one_reply(trained: Tokenizer) -> None:
     source = Rows(TALK, trained, seed=0)
-    for step in range(4):
+    widths = {width for width, *_ in EXCHANGES}
+    seen = set()
+    for step in range(16):
         ids, labels = source.batch(step)
         for row, learned in zip(ids, labels, strict=True):
             roles = [role for role, _ in messages_of(trained, row)]
-            assert roles in (["user", "assistant"], ["system", "user", "assistant"])
-            assert any(label != -100 for label in learned)
+            if len(row) in widths:
+                assert roles in (["user", "assistant"], ["system", "user", "assistant"])
+                assert any(label != -100 for label in learned)
+        seen.add(len(ids[0]))
+    assert widths < seen  # all of them, and conversations
 
 
 def test_embeddings_start_as_a_bag_of_words_that_tells_topics_apart(trained: Tokenizer) -> None:
@@ -352,6 +358,28 @@ def test_embeddings_start_as_a_bag_of_words_that_tells_topics_apart(trained: Tok
 
     by_chance = torch.randn(embeddings.shape, generator=torch.Generator().manual_seed(0))
     assert right(embeddings) > 2 * right(by_chance)
+
+
+def test_the_heads_that_start_the_copying_find_what_came_after_the_same_token() -> None:
+    """Of 20 tokens drawn by chance and then said again, before any training."""
+    model = training.new_model(Tokenizer.from_pretrained(TUTOR), seed=0).eval()
+    generator = torch.Generator().manual_seed(1)
+    some = torch.randint(300, 4000, (8, 20), generator=generator)
+    ids = torch.cat([some, some], dim=1)
+
+    def median_rank() -> float:
+        """How many tokens are likelier than the right one, where it has been said before."""
+        with torch.inference_mode():
+            logits = model(ids)[:, 20:-1]
+        right = logits.gather(2, ids[:, 21:, None])
+        return (logits > right).sum(dim=2).float().median().item()
+
+    vectors = torch.randn(4096, 192, generator=generator)
+    start_embeddings(model, vectors)
+    assert torch.equal(model.wte.weight[:, :64], torch.zeros(4096, 64))
+    by_chance = median_rank()
+    start_copying(model, generator)
+    assert median_rank() < 200 < 1000 < by_chance
 
 
 def test_a_step_always_has_the_same_batch(trained: Tokenizer) -> None:

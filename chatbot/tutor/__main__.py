@@ -16,6 +16,7 @@ from torch import Tensor
 from chatbot.tutor import corpus
 from chatbot.tutor.embeddings import learn_embeddings
 from chatbot.tutor.rows import Rows
+from chatbot.tutor.start import head_size, start_copying, start_embeddings
 from minigpt import GPT, GPTConfig, Tokenizer
 from minigpt.files import write_json
 from minigpt.runs import find_checkpoint
@@ -25,7 +26,6 @@ from minigpt.train import Record, TrainConfig, count_tokens, summed_loss, train
 FOLDER = Path(__file__).parent
 VOCAB_SIZE = 4096
 CONTEXT = 512
-TOKENS, WAVES = 0.08, 0.04  # how large embeddings start: what a word says outweighs where it is
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -42,7 +42,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     broken_off = find_checkpoint(options.runs)
     model = new_model(tokenizer, options.seed)
     if broken_off is None:
-        start_embeddings(model, dialogues, tokenizer, options)
+        width = model.config.n_embd - head_size(model)
+        steps = min(1000, options.steps // 10)
+        tokens = learn_embeddings(dialogues, tokenizer, width=width, steps=steps, seed=options.seed)
+        start_embeddings(model, tokens)
+        start_copying(model, torch.Generator().manual_seed(options.seed))
     model.to(options.device)
     conversations = corpus.Conversations(dialogues)
     rows = Rows(conversations, tokenizer, seed=options.seed, steps=options.steps)
@@ -78,7 +82,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 def parser() -> argparse.ArgumentParser:
     """The flags; the card says how the weights in the repository differ from the defaults'."""
     flags = argparse.ArgumentParser(prog="python -m chatbot.tutor", description="Train the tutor.")
-    flags.add_argument("--steps", type=int, default=11800, help="of about 4,096 tokens")
+    flags.add_argument("--steps", type=int, default=9600, help="of about 4,096 tokens")
     flags.add_argument("--seed", type=int, default=0)
     flags.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     flags.add_argument("--output", type=Path, default=FOLDER, help="the model directory")
@@ -94,32 +98,13 @@ def new_model(tokenizer: Tokenizer, seed: int) -> GPT:
         n_embd=256,
         n_layer=4,
         n_head=4,
+        embd_pdrop=0.0,  # what it has to learn is much, and no line comes twice the same
         attn_pdrop=0.0,
         resid_pdrop=0.0,
         bos_token_id=tokenizer.eos_token_id,
         eos_token_id=tokenizer.eos_token_id,
     )
     return GPT(config, generator=torch.Generator().manual_seed(seed))
-
-
-def start_embeddings(
-    model: GPT, dialogues: corpus.Dialogues, tokenizer: Tokenizer, options: argparse.Namespace
-) -> None:
-    """Tokens that tell already what a line is about, and sinusoids for positions.
-
-    Those make "the token before" an easy thing to look for from the start, and copying a name is
-    little else (Vaswani et al. 2017, section 3.5, has the formula).
-    """
-    width = model.config.n_embd
-    tokens = learn_embeddings(
-        dialogues, tokenizer, width=width, steps=min(1000, options.steps // 10), seed=options.seed
-    )
-    model.wte.weight.data.copy_(TOKENS * tokens)
-    angles = torch.arange(CONTEXT)[:, None] * torch.exp(
-        torch.arange(0, width, 2) * (-math.log(10000.0) / width)
-    )  # (P, C / 2)
-    waves = torch.stack([angles.sin(), angles.cos()], dim=-1).flatten(1)  # (P, C)
-    model.wpe.weight.data.copy_(WAVES * waves)
 
 
 def batch(rows: Rows, step: int) -> dict[str, Tensor]:

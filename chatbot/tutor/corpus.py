@@ -142,9 +142,9 @@ class Conversations:
         """The user's message and the right reply; the state remembers what it was about."""
         weights = {
             self._topic: 4.0 if not personal else 1.3,
-            self._unknown: 1.7 if not personal else 0.5,
+            self._unknown: 2.4 if not personal else 0.5,
             self._small_talk: 0.3 if not personal else 0.4,
-            self._repeat: 0.1 if not personal else 0.6,
+            self._repeat: 0.1 if not personal else 1.0,
             self._tell: 0.15 if not personal else 2.0,
             self._ask: 0.1 if not personal else (2.5 if state.facts else 0.3),
             self._follow_up: 0.03 if not state.topic else (4.0 if not personal else 1.5),

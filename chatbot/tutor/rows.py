@@ -7,56 +7,68 @@ first phase breaks long replies off, and sees more questions for the same work.
 """
 
 import math
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from random import Random
 
-from chatbot.tutor.corpus import Conversations
+from chatbot.tutor.corpus import Conversations, Message
 from chatbot.tutor.pieces import Pieces
 from minigpt import Tokenizer
 from minigpt.batches import IGNORED
 
-LONG = 20  # tokens; a longer reply may be broken off: few that recall a fact are
-DECIDED = 8  # tokens, after which only one reply is left; a style's first words come before
-DECIDED_STYLED = 16
+LONG = 28  # tokens; a longer reply may be broken off: hardly any that says a fact again is longer
+DECIDED = 8  # tokens, after which only one reply is left to a question alone
+DECIDED_LATER = 16  # the same in a conversation, and after a style's first words
+
+Shapes = tuple[tuple[int, int, float], ...]  # tokens a row, rows a batch, how often
+# A question alone: a short one, a longer one, and one after a system prompt.
+EXCHANGES: Shapes = ((28, 144, 0.35), (48, 84, 0.4), (76, 53, 0.25))
 
 
 @dataclass(frozen=True)
 class Phase:
     """A part of the training, up to `end` of its steps: what its rows are, and about what.
 
-    A part of the steps has rows of a `single` exchange each; the others, of whole conversations,
-    of which a part is `broken_off`. The last two fields are those of Conversations.conversation.
+    A part of the steps has rows of a `single` exchange each; the others, of conversations in these
+    `shapes`, of which a part is `broken_off`. The last two fields are those of
+    Conversations.conversation.
     """
 
     end: float
     single: float
-    shapes: tuple[tuple[int, int, float], ...]  # tokens a row, rows a batch, how often
+    shapes: Shapes
     broken_off: float
     personal: float
     styled: float
 
 
-EXCHANGES = Phase(
-    end=math.inf,
-    single=1.0,
-    shapes=((28, 144, 0.4), (48, 84, 0.6)),
-    broken_off=1.0,
-    personal=0.2,
-    styled=0.2,
-)
 # First to tell topics apart, the hardest thing: a question alone, and the first words of its reply.
-# Among other questions it takes the model many times as long to learn the same. Then to find the
-# question in a conversation. Then whole replies, memory, styles and follow-ups, at all positions;
-# in the end more of the last three.
+# Among other questions it takes the model many times as long to learn the same. Beside it short
+# conversations, since copying a name is learned while the rate is high or hardly at all. Then to
+# find the question in a conversation; then whole replies, at all positions, in the end more of them
+# about the user.
 PHASES = (
-    replace(EXCHANGES, end=0.38),
     Phase(
-        end=0.51,
-        single=0.0,
+        end=0.21,
+        single=0.65,
+        shapes=((64, 64, 1.0),),
+        broken_off=1.0,
+        personal=0.7,
+        styled=0.1,
+    ),
+    Phase(
+        end=0.45,
+        single=0.85,
+        shapes=((64, 64, 1.0),),
+        broken_off=1.0,
+        personal=0.7,
+        styled=0.1,
+    ),
+    Phase(
+        end=0.55,
+        single=0.25,
         shapes=((64, 64, 0.40), (128, 32, 0.40), (256, 16, 0.20)),
         broken_off=0.9,
-        personal=0.4,
+        personal=0.5,
         styled=0.4,
     ),
     Phase(
@@ -69,11 +81,11 @@ PHASES = (
     ),
     Phase(
         end=math.inf,
-        single=0.15,
+        single=0.25,
         shapes=((64, 64, 0.35), (128, 32, 0.40), (256, 16, 0.20), (512, 8, 0.05)),
         broken_off=0.3,
         personal=0.6,
-        styled=0.45,
+        styled=0.4,
     ),
 )
 
@@ -82,7 +94,7 @@ class Rows:
     """Rows of token ids, cut from conversations: step -> a batch, always the same one."""
 
     def __init__(
-        self, conversations: Conversations, tokenizer: Tokenizer, *, seed: int, steps: int = 11800
+        self, conversations: Conversations, tokenizer: Tokenizer, *, seed: int, steps: int = 9600
     ):
         self.conversations = conversations
         self.tokenizer = tokenizer
@@ -96,53 +108,54 @@ class Rows:
         random = Random(f"{self.seed} {step}")
         phase = next(phase for phase in PHASES if step < phase.end * self.steps)
         single = random.random() < phase.single
-        if single:
-            phase = EXCHANGES
-        length, rows, _ = random.choices(phase.shapes, [share for *_, share in phase.shapes])[0]
+        shapes = EXCHANGES if single else phase.shapes
+        length, rows, _ = random.choices(shapes, [share for *_, share in shapes])[0]
         draw = self.exchange if single else self.row
         pairs = [draw(random, length, phase) for _ in range(rows)]
         return [ids for ids, _ in pairs], [labels for _, labels in pairs]
 
     def row(self, random: Random, length: int, phase: Phase) -> tuple[list[int], list[int]]:
         """The first `length` tokens of a conversation; only the replies are learned."""
+        decided = DECIDED_LATER if random.random() < phase.broken_off else None
+        messages = self.conversations.conversation(
+            random, personal=phase.personal, styled=phase.styled
+        )
         ids: list[int] = []
         labels: list[int] = []
-        for more, learned in self._messages(random, phase):
+        while len(ids) < length:
+            more, learned = self._encode(random, next(messages), decided)
             ids += more
             labels += learned
-            if len(ids) >= length:
-                break
         return ids[:length], labels[:length]
 
-    def exchange(self, random: Random, length: int, phase: Phase) -> tuple[list[int], list[int]]:
+    def exchange(self, random: Random, length: int, _: Phase) -> tuple[list[int], list[int]]:
         """A conversation up to its first reply, padded to `length`; no shorter shape would do."""
-        least = max((shape[0] for shape in phase.shapes if shape[0] < length), default=0)
+        least = max((shape[0] for shape in EXCHANGES if shape[0] < length), default=0)
         while True:
             ids: list[int] = []
             labels: list[int] = []
-            for more, learned in self._messages(random, phase):
+            decided = DECIDED
+            for message in self.conversations.conversation(random, personal=0.1, styled=0.3):
+                decided = DECIDED_LATER if message["role"] == "system" else decided
+                more, learned = self._encode(random, message, decided)
                 ids += more
                 labels += learned
-                if learned[-1] != IGNORED:
+                if message["role"] == "assistant":
                     break
             if least < len(ids) <= length:
                 missing = length - len(ids)
                 return ids + [self.end] * missing, labels + [IGNORED] * missing
 
-    def _messages(self, random: Random, phase: Phase) -> Iterator[tuple[list[int], list[int]]]:
-        """Each message's ids and labels; in some conversations long replies are broken off."""
-        broken_off, decided = random.random() < phase.broken_off, DECIDED
-        for message in self.conversations.conversation(
-            random, personal=phase.personal, styled=phase.styled
-        ):
-            role, content = message["role"], message["content"]
-            first = self.tokenizer.special_tokens[f"<|{role}|>"]
-            if role == "assistant":
-                tokens = [*self.tokenizer.encode(content), self.end]
-                if broken_off and len(tokens) > LONG:
-                    tokens = tokens[:decided]
-                yield [first, *tokens], [IGNORED, *tokens]
-            else:
-                tokens = [first, *self.pieces.encode(random, content), self.end]
-                decided = DECIDED_STYLED if role == "system" else decided
-                yield tokens, [IGNORED] * len(tokens)
+    def _encode(
+        self, random: Random, message: Message, decided: int | None
+    ) -> tuple[list[int], list[int]]:
+        """A message's ids and labels; a long reply is broken off after `decided` tokens."""
+        role, content = message["role"], message["content"]
+        first = self.tokenizer.special_tokens[f"<|{role}|>"]
+        if role == "assistant":
+            tokens = [*self.tokenizer.encode(content), self.end]
+            if len(tokens) > LONG:
+                tokens = tokens[:decided]
+            return [first, *tokens], [IGNORED, *tokens]
+        tokens = [first, *self.pieces.encode(random, content), self.end]
+        return tokens, [IGNORED] * len(tokens)
