@@ -21,7 +21,7 @@ from minigpt.attention import Attention
 TOKENS, WAVES = 0.08, 0.1  # how large embeddings of tokens and of positions are, in a dimension
 SHARP = 4.0  # queries and keys of the head that looks at the token before
 NOTE, NOTED = 0.15, 2.0  # how large its notes are, and how closely they are looked at
-COPY, COPYING = 0.3, 2  # how loudly a head says what it looks at, and how many of a layer do
+COPY = 0.1  # how loudly a head says what it looks at; louder, it drowns what a question is about
 
 
 @torch.no_grad()
@@ -41,16 +41,14 @@ def start_embeddings(model: GPT, tokens: Tensor) -> None:
 
 @torch.no_grad()
 def start_copying(model: GPT, generator: torch.Generator) -> None:
-    """Write an induction head into layers 0 and 1, and let some heads say what they look at."""
+    """Write an induction head into layers 0 and 1; a head of each later layer can copy too."""
     width, C = head_size(model), model.config.n_embd
     before, match, *others = (part for part in model.modules() if isinstance(part, Attention))
     for attention in (match, *others):
-        for head in range(COPYING):
-            part = slice(head * width, (head + 1) * width)
-            _, _, values = attention.c_attn.weight.chunk(3, dim=1)  # views of the weight, (C, C)
-            read = subspace(C, width, generator)
-            values[:, part] = read
-            attention.c_proj.weight[part] = COPY * read.T
+        _, _, values = attention.c_attn.weight.chunk(3, dim=1)  # views of the weight, (C, C)
+        read = subspace(C, width, generator)
+        values[:, :width] = read
+        attention.c_proj.weight[:width] = COPY * read.T
 
     token, note = subspace(C, width, generator), subspace(C, width, generator)
     queries, keys, values = before.c_attn.weight.chunk(3, dim=1)
