@@ -220,7 +220,9 @@ def test_the_tokenizer_gives_back_every_line(trained: Tokenizer) -> None:
 def rows(tokenizer: Tokenizer) -> list[tuple[list[int], list[int]]]:
     """Some rows of ids and labels, of every phase of the training."""
     source = Rows(TALK, tokenizer, seed=0)
-    batches = [source.batch(step) for step in (0, 1, 2, 3, 5000, 5001, 9000, 9001, 9002, 9003)]
+    batches = [
+        source.batch(step) for step in (0, 1, 2, 3, 2500, 5000, 5001, 6000, 9000, 9001, 9002, 9003)
+    ]
     return [pair for ids, labels in batches for pair in list(zip(ids, labels, strict=True))[:16]]
 
 

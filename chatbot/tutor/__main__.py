@@ -15,7 +15,7 @@ from torch import Tensor
 
 from chatbot.tutor import corpus
 from chatbot.tutor.embeddings import learn_embeddings
-from chatbot.tutor.rows import Rows
+from chatbot.tutor.rows import STEPS, Rows
 from chatbot.tutor.start import head_size, start_copying, start_embeddings
 from minigpt import GPT, GPTConfig, Tokenizer
 from minigpt.files import write_json
@@ -82,7 +82,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 def parser() -> argparse.ArgumentParser:
     """The flags; the card says how the weights in the repository differ from the defaults'."""
     flags = argparse.ArgumentParser(prog="python -m chatbot.tutor", description="Train the tutor.")
-    flags.add_argument("--steps", type=int, default=9600, help="of about 4,096 tokens")
+    flags.add_argument("--steps", type=int, default=STEPS, help="of about 4,096 tokens")
     flags.add_argument("--seed", type=int, default=0)
     flags.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     flags.add_argument("--output", type=Path, default=FOLDER, help="the model directory")

@@ -7,7 +7,7 @@ first phase breaks long replies off, and sees more questions for the same work.
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from random import Random
 
 from chatbot.tutor.corpus import Conversations, Message
@@ -15,6 +15,7 @@ from chatbot.tutor.pieces import Pieces
 from minigpt import Tokenizer
 from minigpt.batches import IGNORED
 
+STEPS = 9600  # of the whole training, of about 4,096 tokens each
 LONG = 28  # tokens; a longer reply may be broken off: hardly any that says a fact again is longer
 DECIDED = 8  # tokens, after which only one reply is left to a question alone
 DECIDED_LATER = 16  # the same in a conversation, and after a style's first words
@@ -46,23 +47,17 @@ class Phase:
 # conversations, since copying a name is learned while the rate is high or hardly at all. Then to
 # find the question in a conversation; then whole replies, at all positions, in the end more of them
 # about the user.
+FIRST = Phase(
+    end=0.21,
+    single=0.65,
+    shapes=((64, 64, 1.0),),
+    broken_off=1.0,
+    personal=0.7,
+    styled=0.1,
+)
 PHASES = (
-    Phase(
-        end=0.21,
-        single=0.65,
-        shapes=((64, 64, 1.0),),
-        broken_off=1.0,
-        personal=0.7,
-        styled=0.1,
-    ),
-    Phase(
-        end=0.45,
-        single=0.85,
-        shapes=((64, 64, 1.0),),
-        broken_off=1.0,
-        personal=0.7,
-        styled=0.1,
-    ),
+    FIRST,
+    replace(FIRST, end=0.45, single=0.85),
     Phase(
         end=0.55,
         single=0.25,
@@ -94,7 +89,7 @@ class Rows:
     """Rows of token ids, cut from conversations: step -> a batch, always the same one."""
 
     def __init__(
-        self, conversations: Conversations, tokenizer: Tokenizer, *, seed: int, steps: int = 9600
+        self, conversations: Conversations, tokenizer: Tokenizer, *, seed: int, steps: int = STEPS
     ):
         self.conversations = conversations
         self.tokenizer = tokenizer
@@ -110,8 +105,10 @@ class Rows:
         single = random.random() < phase.single
         shapes = EXCHANGES if single else phase.shapes
         length, rows, _ = random.choices(shapes, [share for *_, share in shapes])[0]
-        draw = self.exchange if single else self.row
-        pairs = [draw(random, length, phase) for _ in range(rows)]
+        pairs = [
+            self.exchange(random, length) if single else self.row(random, length, phase)
+            for _ in range(rows)
+        ]
         return [ids for ids, _ in pairs], [labels for _, labels in pairs]
 
     def row(self, random: Random, length: int, phase: Phase) -> tuple[list[int], list[int]]:
@@ -128,7 +125,7 @@ class Rows:
             labels += learned
         return ids[:length], labels[:length]
 
-    def exchange(self, random: Random, length: int, _: Phase) -> tuple[list[int], list[int]]:
+    def exchange(self, random: Random, length: int) -> tuple[list[int], list[int]]:
         """A conversation up to its first reply, padded to `length`; no shorter shape would do."""
         least = max((shape[0] for shape in EXCHANGES if shape[0] < length), default=0)
         while True:

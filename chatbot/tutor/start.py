@@ -77,7 +77,7 @@ def head_size(model: GPT) -> int:
 
 
 def frequencies(model: GPT) -> Tensor:
-    """Of the sinusoids, in radians a position: from 1 down to a P-th of it: (D / 2,)."""
+    """Of the sinusoids, in radians a position: from 1 down to nearly 1 / P: (D / 2,)."""
     pairs = head_size(model) // 2
     return torch.tensor(float(model.config.n_positions)) ** -(torch.arange(pairs) / pairs)
 
