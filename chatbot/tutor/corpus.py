@@ -31,7 +31,7 @@ CHAT_TEMPLATE = (
 )
 SPECIAL_TOKENS = ("<|endoftext|>", "<|system|>", "<|user|>", "<|assistant|>")
 FOLLOW_UPS = ("why", "example", "short")
-PLAIN = 4  # words of a short question
+PLAIN = 4  # words of a short wording
 
 Sections = dict[str, list[str]]  # "es answer" -> its lines
 Message = dict[str, str]
@@ -142,11 +142,11 @@ class Conversations:
         """The user's message and the right reply; the state remembers what it was about."""
         weights = {
             self._topic: 4.0 if not personal else 1.3,
-            self._unknown: 2.4 if not personal else 0.5,
+            self._unknown: 2.6 if not personal else 0.5,
             self._small_talk: 0.3 if not personal else 0.4,
             self._repeat: 0.1 if not personal else 1.0,
-            self._tell: 0.15 if not personal else 2.0,
-            self._ask: 0.1 if not personal else (2.5 if state.facts else 0.3),
+            self._tell: 0.5 if not personal else 2.0,
+            self._ask: 0.3 if not personal else (2.5 if state.facts else 0.3),
             self._follow_up: 0.03 if not state.topic else (4.0 if not personal else 1.5),
         }
         kind = random.choices(list(weights), list(weights.values()))[0]
@@ -225,25 +225,31 @@ class Conversations:
         section, language = self.dialogues.memory[fact], state.language
         values = section[f"{language} values"]
         invented = fact == "name" or fact.endswith("_name") or fact in ("city", "computer")
-        invent = invented and random.random() < 0.6
+        invent = invented and random.random() < 0.5
         value = invent_name(random) if invent else random.choice(values)
-        if random.random() < 0.15:
+        if random.random() < 0.25:
             value = value.lower()
         state.facts[fact] = value
-        frame = relax(random, random.choice(section[f"{language} tell"]), 0.4)
+        frame = relax(random, self._line(random, section[f"{language} tell"]), 0.4)
         return frame.replace("{value}", value), self._say(section, language, "ack", value)
 
     def _ask(self, random: Random, state: "_State", style: str) -> tuple[str, str]:
         told = list(state.facts)
-        fact = random.choice(told) if told and random.random() < 0.85 else self._fact(random)
+        fact = random.choice(told) if told and random.random() < 0.9 else self._fact(random)
         section, language = self.dialogues.memory[fact], state.language
-        user = self._dress(random, random.choice(section[f"{language} ask"]), language)
+        user = self._dress(random, self._line(random, section[f"{language} ask"]), language)
         if fact in state.facts:
             return user, self._say(section, language, "recall", state.facts[fact])
         return user, section[f"{language} unknown"][0]
 
+    @staticmethod
+    def _line(random: Random, lines: list[str]) -> str:
+        """Any of the lines; in a quarter of all cases a short one, as most people talk."""
+        short = [line for line in lines if len(line.split()) <= PLAIN]
+        return random.choice(short if short and random.random() < 0.25 else lines)
+
     def _fact(self, random: Random) -> str:
-        return "name" if random.random() < 0.4 else random.choice(list(self.dialogues.memory))
+        return "name" if random.random() < 0.35 else random.choice(list(self.dialogues.memory))
 
     @staticmethod
     def _say(section: Sections, language: str, kind: str, value: str) -> str:

@@ -132,7 +132,7 @@ class Rows:
             ids: list[int] = []
             labels: list[int] = []
             decided = DECIDED
-            for message in self.conversations.conversation(random, personal=0.1, styled=0.3):
+            for message in self.conversations.conversation(random, personal=0.3, styled=0.3):
                 decided = DECIDED_LATER if message["role"] == "system" else decided
                 more, learned = self._encode(random, message, decided)
                 ids += more

@@ -16,17 +16,29 @@ SYLLABLES = [
     "so", "ta", "te", "ti", "to", "tu", "va", "ve", "vi", "vo", "wa", "xi", "ya", "yo", "za", "zo",
     "bra", "cla", "dro", "fri", "gue", "tra", "pli", "ster", "rond", "kwa", "zhe", "shi", "chu",
     "thi", "lan", "ber", "mar", "ton", "dor", "win", "gar", "nes", "kov", "sky", "ez", "ic", "an",
-    "el", "or",
+    "el", "or", "á", "é", "í", "ó", "ú", "ña", "ñe", "ñi", "ño", "ría", "lía", "món", "rés", "zül",
+    "jör", "gö", "nå", "sø", "ça", "ção", "łu", "ši", "žan", "rhys", "schw", "hrv", "krz", "ngu",
+    "mgu", "gwy", "szt", "tte", "nna", "mm", "ll", "rr", "ck", "th", "wh", "ph", "tz", "x", "q",
 ]
 # fmt: on
+LETTERS = "aabcdeefghiijklmnñoopqrstuuvwxyzáéíóúü"
+JOINS = (" ", " ", "-", "'")
 
 
 def invent_name(random: Random) -> str:
     """A name that nobody has: the tutor must copy names, not know them."""
-    parts = ["".join(random.choices(SYLLABLES, k=random.randint(2, 4))).capitalize()]
+    name = _invent_word(random)
+    if random.random() < 0.3:
+        name += random.choice(JOINS) + _invent_word(random)
+    return name
+
+
+def _invent_word(random: Random) -> str:
+    """Mostly one that could be said: BPE cuts the others into more pieces, which it must copy too."""
+    parts = random.choices(SYLLABLES, k=random.randint(1, 4))
     if random.random() < 0.2:
-        parts.append("".join(random.choices(SYLLABLES, k=random.randint(2, 3))).capitalize())
-    return " ".join(parts)
+        parts = random.choices(LETTERS, k=random.randint(2, 7))
+    return "".join(parts).capitalize()
 
 
 def words_of(text: str) -> list[str]:
