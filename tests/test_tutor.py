@@ -132,9 +132,11 @@ def test_invented_names_vary() -> None:
         for message in TALK.messages(Random(seed), turns=3):
             if message["role"] == "assistant" and (m := acknowledged.fullmatch(message["content"])):
                 told += 1
-                names.add(next(filter(None, m.groups())).casefold())
+                names.add(next(filter(None, m.groups())))
     assert told > 100
-    assert len(names) > told / 2
+    assert len({name.casefold() for name in names}) > told / 2
+    for spelling in (r"[áéíóúñ]", "-", "'", " ", r"^[a-zñ]+$", r"^\w{2,3}$", r"[^aeiou\W]{4}"):
+        assert len([name for name in names if re.search(spelling, name)]) > 2, spelling
 
 
 # --- what was held out --------------------------------------------------------------------------
