@@ -23,7 +23,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             insert(record, options.command, options.insert)
     except KeyboardInterrupt:
         return 130
-    except (ValueError, OSError) as error:
+    except (ValueError, ArithmeticError, OSError) as error:
         if options.debug:
             raise
         print(f"bench: {error}", file=sys.stderr)
@@ -72,8 +72,11 @@ def parser() -> argparse.ArgumentParser:
 
 
 def _check_targets(options: argparse.Namespace) -> None:
-    if options.output and options.output.is_file():
-        raise ValueError(f"{options.output} is a file: give a directory")
+    if options.output:
+        for path in (options.output, *options.output.parents):
+            if path.is_file():
+                raise ValueError(f"{path} is a file: give a directory")
+        options.output.mkdir(parents=True, exist_ok=True)
     if options.insert:
         around(options.command, options.insert)
 

@@ -7,6 +7,7 @@
     storage        a conversation as a file: save, load, export
     commands       /help, /system, /set … in the terminal
     terminal       the conversation on a terminal
+    wrap           text fit for a screen
     texts          every sentence that a person reads, in English and Spanish
 
 Nothing in engines, settings, reply, conversation and storage knows of a terminal.

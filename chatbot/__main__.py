@@ -21,7 +21,8 @@ from chatbot.texts import LANGUAGES, ChatError, say
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the chat: 0; 2 for what the user gave, 1 for a failed system, 130 after Ctrl-C."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
-    options = parser().parse_args([_dashes(argument) for argument in arguments])
+    end = arguments.index("--") if "--" in arguments else len(arguments)  # what follows is text
+    options = parser().parse_args([*map(_dashes, arguments[:end]), *arguments[end:]])
     language = options.lang or _system_language()
     try:
         return _chat(options, language)
@@ -30,7 +31,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # whoever read us has enough: `python -m chatbot -p … | head -1`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
-    except (ValueError, OSError, ImportError) as error:
+    except (ValueError, ArithmeticError, OSError, ImportError) as error:
         if options.debug:
             raise
         text = error.text(language) if isinstance(error, ChatError) else str(error)
@@ -90,16 +91,22 @@ def _chat(options: argparse.Namespace, language: str) -> int:
         if name in given:
             settings = settings.set(name, given[name])
     if prompt is not None:
-        return _once(engine, settings, options.system, prompt)
+        return _once(engine, settings, options.system, prompt, language)
     return _talk(engine, settings, options.system, language, options.engine)
 
 
-def _once(engine: Engine, settings: Settings, system: str, prompt: str) -> int:
+def _once(engine: Engine, settings: Settings, system: str, prompt: str, language: str) -> int:
     from chatbot.conversation import Conversation
+    from chatbot.wrap import printable
 
-    for piece in Conversation(engine, settings, system=system).reply(prompt):
-        print(piece, end="", flush=True)
+    reply = Conversation(engine, settings, system=system).reply(prompt)
+    for piece in reply:
+        print(printable(piece) if sys.stdout.isatty() else piece, end="", flush=True)
     print(flush=True)
+    if reply.end == "length":
+        key = "cut_context" if reply.filled else "cut_once"
+        why = say(language, key, maximum=engine.context_length, tokens=reply.new_tokens)
+        print(f"chatbot: {why}", file=sys.stderr)
     return 0
 
 
@@ -140,7 +147,8 @@ def _flag(name: str) -> str:
 def _dashes(argument: str) -> str:
     """--top_p is --top-p: hands know both spellings."""
     name, equals, value = argument.partition("=")
-    return name.replace("_", "-") + equals + value if name.startswith("--") else argument
+    flag = name.startswith("--") and " " not in name
+    return name.replace("_", "-") + equals + value if flag else argument
 
 
 if __name__ == "__main__":

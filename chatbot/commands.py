@@ -1,6 +1,6 @@
 """What begins with a slash: /help, /system, /set …
 
-A command is a function (terminal, argument) -> None; its name is the function's. Whatever a person
+A command is a function (terminal, argument) -> None; COMMANDS gives it its name. Whatever a person
 can get wrong is a ChatError, and changes nothing.
 
 Proof: tests/test_terminal.py.
@@ -8,6 +8,7 @@ Proof: tests/test_terminal.py.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -28,10 +29,10 @@ def show_help(terminal: Terminal, argument: str) -> None:
 
 
 def system(terminal: Terminal, argument: str) -> None:
-    """Show the system prompt, or replace it."""
+    """Show the system prompt, or replace it, or take it away with "off"."""
     conversation = terminal.conversation
     if argument:
-        conversation.set_system(argument)
+        conversation.set_system("" if argument.lower() == "off" else argument)
     key = "system_is" if conversation.system else "system_none"
     terminal.note(key, text=conversation.system)
 
@@ -73,6 +74,8 @@ def undo(terminal: Terminal, argument: str) -> None:
 def regen(terminal: Terminal, argument: str) -> None:
     """Ask the last question again."""
     terminal.show(terminal.conversation.regenerate())
+    if terminal.conversation.settings.repeatable:
+        terminal.note("same_again")
 
 
 def save(terminal: Terminal, argument: str) -> None:
@@ -174,4 +177,4 @@ def rate(speed: float) -> str:
 def _path(command: str, argument: str) -> Path:
     if not argument:
         raise ChatError("wants", name=command, what="FILE")
-    return Path(argument).expanduser()
+    return Path(os.path.expanduser(argument))  # Path.expanduser raises for an unknown ~user

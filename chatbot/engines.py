@@ -8,6 +8,7 @@ Proof: tests/test_conversation.py, tests/test_chatbot_cli.py.
 
 import importlib
 import json
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -95,7 +96,7 @@ def generation_config(model: str | Path) -> dict[str, Any]:
     Of a hub id only the copy in the cache is read, which is there once the model was opened.
     Raises ValueError if the file is damaged.
     """
-    folder = Path(model).expanduser()
+    folder = Path(os.path.expanduser(model))  # Path.expanduser raises for an unknown ~user
     path: Path | str | None = folder / "generation_config.json"
     if not folder.is_dir():
         from huggingface_hub import try_to_load_from_cache

@@ -102,6 +102,11 @@ class Reply:
         """New tokens per second after the first, None where there is only one."""
         return (self.new_tokens - 1) / self.seconds_decoding if self.seconds_decoding else None
 
+    @property
+    def filled(self) -> bool:
+        """Whether prompt and reply take up the whole context."""
+        return self.prompt_tokens + self.new_tokens >= self._engine.context_length
+
     def _text(self) -> Generator[str, None, None]:
         decoder = self._engine.stream_decoder()
         stops = StopFilter(self._engine.stop)

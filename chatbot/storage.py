@@ -29,13 +29,13 @@ def load(conversation: Conversation, path: Path) -> int:
         content = json.loads(path.read_text(encoding="utf-8"))
         system = content["system"]
         turns = [Turn(turn["user"], turn["assistant"]) for turn in content["turns"]]
-        if not all(
-            isinstance(t, str) for turn in turns for t in (turn.user, turn.assistant, system)
-        ):
-            raise TypeError("text expected")
+        for text in (system, *(text for turn in turns for text in (turn.user, turn.assistant))):
+            if not isinstance(text, str):
+                raise TypeError("text expected")
+            text.encode()  # a lone surrogate is none
     except OSError as error:
         raise ChatError("file_failed", path=path, why=error.strerror) from error
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise ChatError("not_a_conversation", path=path, why=error) from error
     conversation.restart(system=system, turns=turns)
     return len(turns)
@@ -53,12 +53,17 @@ def export(conversation: Conversation, path: Path, language: str, model: str) ->
 
 
 def _write(path: Path, text: str) -> None:
-    """Write beside the file, then rename, so that a full disk leaves the old one whole."""
+    """Write beside the file, then rename, so that a full disk leaves the old one whole.
+
+    Only the owner may read it: what somebody says to a chatbot is private.
+    """
     try:
         descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
         try:
             with os.fdopen(descriptor, "w", encoding="utf-8") as file:
                 file.write(text)
+                file.flush()
+                os.fsync(file.fileno())
             os.replace(temporary, path)
         except BaseException:
             Path(temporary).unlink(missing_ok=True)

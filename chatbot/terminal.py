@@ -23,7 +23,7 @@ from chatbot.conversation import Conversation
 from chatbot.engines import display_name
 from chatbot.reply import Reply
 from chatbot.texts import ChatError, say
-from chatbot.wrap import WordWrap
+from chatbot.wrap import WordWrap, printable
 
 PROMPT = "> "
 QUOTES = '"""'
@@ -61,8 +61,8 @@ class Terminal:
                 self.answer(text)
             except ChatError as error:
                 self.line(error.text(self.language))
-            except ValueError as error:  # of the model, whose template may refuse a conversation
-                self.line(str(error))
+            except (ValueError, ArithmeticError, RuntimeError) as error:  # of the model: what was
+                self.line(str(error))  # said so far can still be saved
             except EOFError:
                 self.note("bye")
                 return 0
@@ -88,6 +88,7 @@ class Terminal:
         wrap = WordWrap(shutil.get_terminal_size().columns) if self.out.isatty() else None
         with self._catching_interrupts():
             for piece in reply:
+                piece = printable(piece)
                 self.out.write(wrap.feed(piece) if wrap else piece)
                 self.out.flush()
                 if self._stop:
@@ -98,9 +99,8 @@ class Terminal:
         if reply.end == "interrupted":
             self.note("stopped")
         elif reply.end == "length":
-            full = reply.prompt_tokens + reply.new_tokens >= self.conversation.engine.context_length
             maximum = self.conversation.engine.context_length
-            key = "cut_context" if full else "cut"
+            key = "cut_context" if reply.filled else "cut"
             self.note(key, maximum=maximum, tokens=reply.new_tokens)
         elif not reply.turn.assistant:
             self.note("no_words")
@@ -132,6 +132,7 @@ class Terminal:
 
     def line(self, text: str, *, wrap: bool = True) -> None:
         """Print a line of ours; too long for the screen, it is broken between words."""
+        text = printable(text)
         if wrap and self.out.isatty():
             width = shutil.get_terminal_size().columns
             fill = textwrap.TextWrapper(width, break_long_words=False, break_on_hyphens=False).fill

@@ -39,6 +39,10 @@ TEXTS: dict[str, tuple[str, str]] = {
         "cut after {tokens} tokens (/set max_new_tokens N allows more)",
         "cortada tras {tokens} tokens (/set max_new_tokens N permite más)",
     ),
+    "cut_once": (
+        "cut after {tokens} tokens (--max-new-tokens N allows more)",
+        "cortada tras {tokens} tokens (--max-new-tokens N permite más)",
+    ),
     "cut_context": (
         "cut: the context of {maximum} tokens is full",
         "cortada: el contexto de {maximum} tokens está lleno",
@@ -51,8 +55,8 @@ TEXTS: dict[str, tuple[str, str]] = {
     # commands: their help
     "help_help": ("/help                 this list", "/help                 esta lista"),
     "help_system": (
-        "/system [TEXT]        show or replace the system prompt",
-        "/system [TEXTO]       muestra o cambia el mensaje de sistema",
+        "/system [TEXT|off]    show, replace or remove the system prompt",
+        "/system [TEXTO|off]   muestra, cambia o quita el mensaje de sistema",
     ),
     "help_set": (
         "/set [NAME VALUE]     show or change how replies are drawn",
@@ -107,6 +111,10 @@ TEXTS: dict[str, tuple[str, str]] = {
         '"""                   abre y cierra un mensaje de varias líneas; // es una barra',
     ),
     # commands: what they answer
+    "same_again": (
+        "the same reply, as set: /set temperature 0.8 and /seed off draw another each time",
+        "la misma, como está puesto: /set temperature 0.8 y /seed off sortean otra cada vez",
+    ),
     "cleared": ("A new conversation.", "Conversación nueva."),
     "undone": ("Taken back: {text}", "Deshecho: {text}"),
     "system_is": ("System prompt: {text}", "Mensaje de sistema: {text}"),
@@ -175,8 +183,8 @@ TEXTS: dict[str, tuple[str, str]] = {
         "{name} debe ser un entero de 1 o más, y es {got}",
     ),
     "rule_seed": (
-        "{name} must be a whole number of 0 or more, or off, got {got}",
-        "{name} debe ser un entero de 0 o más, u off, y es {got}",
+        "{name} must be a whole number from 0 to 2**63 - 1, or off, got {got}",
+        "{name} debe ser un entero de 0 a 2**63 - 1, u off, y es {got}",
     ),
     "empty_message": (
         "the message is empty: write something",

@@ -1,8 +1,9 @@
-"""Lines broken between words, though the text comes in pieces.
+"""Text fit for a screen: nothing that steers it, and lines broken between words.
 
     piece -> words and spaces -> a word is shown when it has ended -> on the next line if it is long
 
-A terminal by itself breaks a line wherever it is full, in the middle of a word.
+A terminal by itself breaks a line wherever it is full, in the middle of a word, though the text
+comes in pieces. And it obeys control characters, which a model may write too.
 
 Proof: tests/test_wrap.py.
 """
@@ -11,6 +12,16 @@ import re
 import unicodedata
 
 PART = re.compile(r"\n|[^\S\n]+|\S+")
+CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
+
+
+def printable(text: str) -> str:
+    """The text with a sign in place of each control character but tab and line break.
+
+    >>> printable("a \\x1b[2J\\tb")
+    'a �[2J\\tb'
+    """
+    return CONTROL.sub("\N{REPLACEMENT CHARACTER}", text)
 
 
 class WordWrap:

@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 
 from chatbot.__main__ import main
+from chatbot.conversation import Conversation
+from chatbot.reply import Reply
 
 ROOT = Path(__file__).parent.parent
 
@@ -19,7 +21,7 @@ def run(*arguments: object, stdin: bytes = b"") -> subprocess.CompletedProcess[b
 
 def test_one_reply_is_printed(chat_model: Path) -> None:
     done = run("--model", chat_model, "-p", "hola", "--max-new-tokens", 8, "--seed", 1)
-    assert (done.returncode, done.stderr) == (0, b"")
+    assert (done.returncode, done.stderr.startswith(b"chatbot: cut after 8")) == (0, True)
     again = run("--model", chat_model, "-p", "hola", "--max_new_tokens=8", "--seed", "1")
     assert done.stdout.strip() == again.stdout.strip() != b""
 
@@ -27,7 +29,7 @@ def test_one_reply_is_printed(chat_model: Path) -> None:
 def test_piped_text_is_answered_once(chat_model: Path) -> None:
     flags = ("--model", chat_model, "--temperature", 0, "--max-new-tokens", 8)
     piped = run(*flags, stdin="¿qué?\n".encode())
-    assert (piped.returncode, piped.stderr) == (0, b"")
+    assert (piped.returncode, piped.stderr.count(b"\n")) == (0, 1)  # it was cut
     assert piped.stdout == run(*flags, "-p", "¿qué?").stdout
 
 
@@ -68,6 +70,7 @@ def test_transformers_is_imported_by_its_own_engine_only(chat_model: Path) -> No
         (["-p", "x", "--top-p", "1.5"], b"", "top_p must be in (0, 1], got 1.5"),
         (["-p", "x", "--top_p", "0", "--lang", "es"], b"", "top_p debe estar en (0, 1], y es 0"),
         (["-p", "x", "--attention-sinks", "2"], b"", "sinks need a window"),
+        (["-p", "x", "--seed", str(2**63)], b"", "a whole number from 0 to 2**63 - 1, or off"),
         (["-p", "palabra " * 200], b"", "the message has"),
         (["-p", "x", "--system", "palabra " * 200], b"", "the system prompt has"),
         (["-p", "x", "--model", "./none"], b"", "no directory './none': check the path"),
@@ -130,3 +133,38 @@ def test_a_failure_of_the_system_is_exit_code_1(
     assert capsys.readouterr().err == "chatbot: download broke off\n"
     with pytest.raises(OSError, match="broke off"):
         main(["-p", "x", "--debug"])
+
+
+def test_a_reply_that_was_cut_says_so_beside_it(
+    chat_model: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    flags = ["--model", str(chat_model), "-p", "Hello", "--max-new-tokens", "3", "--seed", "0"]
+    assert main(flags) == 0
+    assert capsys.readouterr().err == (
+        "chatbot: cut after 3 tokens (--max-new-tokens N allows more)\n"
+    )
+
+
+def test_a_text_keeps_its_underscores(chat_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[str] = []
+    real = Conversation.reply
+
+    def reply(conversation: Conversation, text: str) -> Reply:
+        asked.append(text)
+        return real(conversation, text)
+
+    monkeypatch.setattr(Conversation, "reply", reply)
+    text = "--top_p is what, and max_new_tokens?"
+    assert main(["--model", str(chat_model), "--max_new_tokens=2", "-p", text]) == 0
+    assert asked == [text]
+
+
+def test_a_model_whose_weights_are_no_numbers_is_one_line(
+    chat_model: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise FloatingPointError("the model's logits are no numbers")
+
+    monkeypatch.setattr("minigpt.engine.Engine.stream", fail)
+    assert main(["--model", str(chat_model), "-p", "x"]) == 1
+    assert capsys.readouterr().err == "chatbot: the model's logits are no numbers\n"

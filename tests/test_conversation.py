@@ -177,7 +177,18 @@ def test_a_saved_conversation_goes_on(tmp_path: Path) -> None:
     assert "**tutor**: ñandú" in page
 
 
-@pytest.mark.parametrize("content", ["{", "[]", '{"system": 1, "turns": []}', '{"turns": [{}]}'])
+@pytest.mark.parametrize(
+    "content",
+    [
+        "{",
+        "[" * 100_000,
+        "[]",
+        '{"system": 1, "turns": []}',
+        '{"turns": [{}]}',
+        r'{"system": "\ud800", "turns": []}',
+        r'{"system": "", "turns": [{"user": "a", "assistant": "\ud800"}]}',
+    ],
+)
 def test_a_damaged_file_is_refused_and_changes_nothing(tmp_path: Path, content: str) -> None:
     conversation = talk(Scripted(["one"]))
     list(conversation.reply("a"))
@@ -212,7 +223,7 @@ def test_settings_follow_the_makers_advice() -> None:
         ("top_k", "x", r"top_k must be a whole number of 0 \(off\) or more, got x"),
         ("repetition_penalty", "0", "repetition_penalty must be a number above 0, got 0"),
         ("max_new_tokens", "0", "max_new_tokens must be a whole number of at least 1, got 0"),
-        ("seed", "-3", "seed must be a whole number of 0 or more, or off, got -3"),
+        ("seed", "-3", r"seed must be a whole number from 0 to 2\*\*63 - 1, or off, got -3"),
     ],
 )
 def test_a_value_outside_its_range_is_refused(name: str, text: str, message: str) -> None:

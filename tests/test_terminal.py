@@ -230,3 +230,56 @@ def test_what_the_model_refuses_is_told_and_the_conversation_goes_on(
 )
 def test_a_slow_model_has_a_speed_too(speed: float, shown: str) -> None:
     assert rate(speed) == shown
+
+
+@pytest.mark.parametrize("error", [FloatingPointError, RuntimeError, ValueError])
+def test_a_model_that_fails_does_not_take_the_conversation_with_it(
+    chat_model: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    error: type[Exception],
+) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise error("a logit is no number")
+
+    monkeypatch.setattr("minigpt.engine.Engine.encode", fail)
+    kept = tmp_path / "c.json"
+    code, shown = talk(chat_model, monkeypatch, "/tokens a", f"/save {kept}", EOFError)
+    assert code == 0
+    assert "a logit is no number\n" in shown
+    assert kept.is_file()
+
+
+def test_a_path_of_a_user_that_there_is_not_is_a_message(
+    chat_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    code, shown = talk(chat_model, monkeypatch, "/save ~no-such-user/c.json", EOFError)
+    assert code == 0
+    assert "No such file or directory" in shown
+
+
+def test_a_system_prompt_can_be_taken_away(
+    chat_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _, shown = talk(chat_model, monkeypatch, "/system Be brief.", "/system off", EOFError)
+    assert "System prompt: Be brief." in shown
+    assert "There is no system prompt." in shown
+
+
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [([], 1), (["/set temperature 1"], 0), (["/set temperature 1", "/seed 1"], 1)],
+)
+def test_a_reply_that_can_only_be_the_same_again_says_so(
+    chat_model: Path, monkeypatch: pytest.MonkeyPatch, changes: list[str], told: int
+) -> None:
+    _, shown = talk(chat_model, monkeypatch, *changes, "hola", "/regen", EOFError)
+    assert shown.count("the same reply, as set") == told
+
+
+def test_what_a_model_writes_cannot_steer_the_terminal(
+    chat_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("chatbot.reply.StopFilter.feed", lambda *_: "\x1b]0;title\x07")
+    _, shown = talk(chat_model, monkeypatch, "hola", EOFError)
+    assert "\ufffd]0;title\ufffd" in shown and "\x07" not in shown

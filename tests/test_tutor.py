@@ -76,10 +76,25 @@ def test_no_two_topics_have_the_same_answer() -> None:
         assert len(set(answers)) == len(answers)
 
 
-def test_a_blank_line_is_refused_with_its_place(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("# a\n[es answer]\nUna.\n\n[en answer]\nOne.\n", r"a\.txt:4 must be a new heading .* ''$"),
+        ("# a\n[es answer] \nUna.\n", r"a\.txt:2 must be .* got '\[es answer\] '$"),
+        ("# a\n[es answer]\nUna.\n[es answer]\nDos.\n", r"a\.txt:4 must be a new heading .*"),
+        ("[es answer]\nUna.\n", r"a\.txt:1 must be a new heading"),
+        ("# a\nUna.\n", r"a\.txt:2 must be a new heading"),
+        ("# a\n[es answer]\nUna.\n# a\n", r"a\.txt:4 must be a new heading"),
+        ("# a\n# b\n", r"a\.txt must have one heading, the topic's, and has 2"),
+        ("", r"a\.txt must have one heading, the topic's, and has 0"),
+    ],
+)
+def test_a_line_that_is_malformed_is_refused_with_its_place(
+    tmp_path: Path, text: str, message: str
+) -> None:
     (tmp_path / "topics").mkdir()
-    (tmp_path / "topics" / "a.txt").write_text("# a\n[es answer]\nUna.\n\n[en answer]\nOne.\n")
-    with pytest.raises(ValueError, match=r"a\.txt:4 is blank: each line must be a heading or an"):
+    (tmp_path / "topics" / "a.txt").write_text(text)
+    with pytest.raises(ValueError, match=message):
         read(tmp_path)
 
 
@@ -400,7 +415,7 @@ def test_a_step_always_has_the_same_batch(trained: Tokenizer) -> None:
 
 @pytest.mark.slow
 def test_a_tutor_that_broke_off_ends_as_if_it_had_not(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Three steps of `make tutor`, and the same with a checkpoint after two of them."""
     often = lambda **given: TrainConfig(**{**given, "save_steps": 2})  # noqa: E731
@@ -415,18 +430,47 @@ def test_a_tutor_that_broke_off_ends_as_if_it_had_not(
     def weights(name: str) -> bytes:
         runs, output = tmp_path / f"{name}_runs", tmp_path / name
         flags = f"--steps 3 --device cpu --runs {runs} --output {output}"
-        training.main(flags.split())
+        assert training.main(flags.split()) == 0
         assert not list(runs.glob("checkpoint-*"))  # the next run is a new one
         return (output / "model.safetensors").read_bytes()
 
     straight = weights("straight")
-    with monkeypatch.context() as patch, pytest.raises(OSError, match="the power is gone"):
+    with monkeypatch.context() as patch, pytest.raises(AssertionError):
         patch.setattr(training, "batch", breaking_off)
         weights("broken")
+    assert "tutor: the power is gone" in capsys.readouterr().err
     assert not (tmp_path / "broken").exists()
     assert weights("broken") == straight
+    assert "going on from" in capsys.readouterr().out
     assert (tmp_path / "broken" / "loss.png").is_file()
     assert open_engine("minigpt", tmp_path / "broken").render([{"role": "user", "content": "Hola"}])
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [("--steps 0", "max_steps must be at least 1"), ("--seed -1", "seed must be")]
+    + [("--device cuda", "torch finds no such GPU here, use cpu")]
+    * (not torch.cuda.is_available()),
+)
+def test_what_is_wrong_with_a_training_is_said_in_one_line_before_it(
+    capsys: pytest.CaptureFixture[str], flags: str, message: str
+) -> None:
+    assert training.main(flags.split()) == 2
+    out, err = capsys.readouterr()
+    assert (out, err.count("\n")) == ("", 1)
+    assert err.startswith("tutor: ") and message in err
+
+
+def test_a_training_says_in_the_card_where_the_weights_are_from(tmp_path: Path) -> None:
+    card = tmp_path / "README.md"
+    card.write_text((TUTOR / "README.md").read_text("utf-8"), "utf-8")
+    training.tell_card(card, "--steps 7 --seed 8")
+    told = card.read_text("utf-8")
+    weights = told.partition("<!-- weights -->\n")[2].partition("<!-- /weights -->")[0]
+    assert weights == (
+        "**These weights** are from one run of `python -m chatbot.tutor --steps 7 --seed 8`.\n"
+    )
+    assert "![loss per step](loss.png)" in told and "## How good it is" in told
 
 
 # --- the model ----------------------------------------------------------------------------------
@@ -475,4 +519,7 @@ def test_the_model_card_shows_its_quality() -> None:
     assert 0 < card.index("<!-- quality -->") < card.index("<!-- /quality -->")
     topics = re.search(r"(\d+) topics", card)
     assert topics and int(topics[1]) == len(DATA.topics)
+    written = re.search(r"about ([\d,]+) lines", card)
+    items = [line for line in lines() if not line.startswith(("# ", "["))]
+    assert written and abs(int(written[1].replace(",", "")) / len(items) - 1) < 0.01
     assert (TUTOR / "loss.png").is_file()

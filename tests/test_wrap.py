@@ -6,7 +6,7 @@ import textwrap
 
 import pytest
 
-from chatbot.wrap import WordWrap
+from chatbot.wrap import WordWrap, printable
 
 TEXT = (
     "La atención compara cada token con los anteriores.  Two spaces, a tab\tand\n\n    an indented "
@@ -59,3 +59,9 @@ def test_a_word_is_shown_when_it_has_ended_and_not_before() -> None:
         "attention",
         " is",
     ]
+
+
+def test_what_steers_a_terminal_is_not_printed() -> None:
+    signs = "".join(map(chr, [*range(0x20), *range(0x7F, 0xA0)]))
+    kept = printable(f"á{signs}ñ")
+    assert kept == "á" + "\ufffd" * 9 + "\t\n" + "\ufffd" * 21 + "\ufffd" * 33 + "ñ"

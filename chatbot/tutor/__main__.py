@@ -6,7 +6,9 @@ a run that broke off goes on where it was when it is called again.
 
 import argparse
 import math
+import re
 import shutil
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -28,9 +30,39 @@ VOCAB_SIZE = 4096
 CONTEXT = 512
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
-    """Train from start to end."""
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Make the tutor: 0; 2 for what the user gave, 1 for a failed system, 130 after Ctrl-C."""
     options = parser().parse_args(arguments)
+    try:
+        make(options)
+    except KeyboardInterrupt:
+        return 130
+    except (ValueError, ArithmeticError, OSError) as error:
+        if options.debug:
+            raise
+        print(f"tutor: {error}", file=sys.stderr)
+        return 2 if isinstance(error, ValueError) else 1
+    return 0
+
+
+def make(options: argparse.Namespace) -> None:
+    """Train from start to end, or from where a run broke off, and write the model directory.
+
+    Raises ValueError for flags or dialogues that are wrong, OSError if the disk is full.
+    """
+    if options.device == "cuda" and not torch.cuda.is_available():
+        raise ValueError("--device cuda: torch finds no such GPU here, use cpu")
+    config = TrainConfig(
+        max_steps=options.steps,
+        learning_rate=2e-3,
+        min_lr_rate=0.01,
+        warmup_steps=min(200, options.steps // 10),
+        weight_decay=0.1,
+        eval_steps=250,
+        save_steps=500,
+        bf16=options.device != "cpu",  # a CPU without matrix units computes float32 faster
+        seed=options.seed,
+    )
     dialogues = corpus.read()
     print(
         f"{len(dialogues.topics)} topics; learning a tokenizer of {VOCAB_SIZE} tokens", flush=True
@@ -51,19 +83,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     conversations = corpus.Conversations(dialogues)
     rows = Rows(conversations, tokenizer, seed=options.seed, steps=options.steps)
     others = Rows(conversations, tokenizer, seed=options.seed + 1)
-    config = TrainConfig(
-        max_steps=options.steps,
-        learning_rate=2e-3,
-        min_lr_rate=0.01,
-        warmup_steps=min(200, options.steps // 10),
-        weight_decay=0.1,
-        eval_steps=250,
-        save_steps=500,
-        bf16=options.device != "cpu",  # a CPU without matrix units computes float32 faster
-        seed=options.seed,
-    )
     if broken_off is not None:
-        print(f"going on from {broken_off}", flush=True)
+        print(f"going on from {broken_off} (delete {options.runs} to begin anew)", flush=True)
     history = train(
         model,
         lambda step: batch(rows, step),
@@ -74,6 +95,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     )
     save(model, tokenizer, options.output)
     draw_curve(history, options.output / "loss.png")
+    tell_card(options.output / "README.md", f"--steps {options.steps} --seed {options.seed}")
     if (done := find_checkpoint(options.runs)) is not None:
         shutil.rmtree(done)  # the next run is a new one
     print(f"wrote {options.output}")
@@ -84,9 +106,11 @@ def parser() -> argparse.ArgumentParser:
     flags = argparse.ArgumentParser(prog="python -m chatbot.tutor", description="Train the tutor.")
     flags.add_argument("--steps", type=int, default=STEPS, help="of about 4,096 tokens")
     flags.add_argument("--seed", type=int, default=0)
-    flags.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    default = "cuda" if torch.cuda.is_available() else "cpu"
+    flags.add_argument("--device", choices=("cpu", "cuda"), default=default)
     flags.add_argument("--output", type=Path, default=FOLDER, help="the model directory")
     flags.add_argument("--runs", type=Path, default=Path("runs/tutor"), help="log and best model")
+    flags.add_argument("--debug", action="store_true", help="show the traceback of an error")
     return flags
 
 
@@ -132,6 +156,14 @@ def save(model: GPT, tokenizer: Tokenizer, folder: Path) -> None:
     write_json(folder / "generation_config.json", {**greedy, "pad_token_id": eos})
 
 
+def tell_card(card: Path, flags: str) -> None:
+    """Say in the model card, between its marks, where the weights are from."""
+    if card.is_file():
+        told = f"**These weights** are from one run of `python -m chatbot.tutor {flags}`.\n"
+        marked = r"(?s)(?<=<!-- weights -->\n).*?(?=<!-- /weights -->)"
+        card.write_text(re.sub(marked, told, card.read_text("utf-8")), "utf-8")
+
+
 def draw_curve(history: Sequence[Record], path: Path) -> None:
     """The loss over the steps, each step's and the evaluations', as a PNG."""
     import matplotlib
@@ -156,4 +188,4 @@ def draw_curve(history: Sequence[Record], path: Path) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -53,10 +53,13 @@ class Dialogues:
 
 
 def read(folder: Path = FOLDER) -> Dialogues:
-    """Read a directory of dialogues; ValueError with file and line for a blank line."""
+    """Read a directory of dialogues; ValueError with file and line for what is malformed."""
     topics = {}
     for path in sorted((folder / "topics").glob("*.txt")):
-        (topics[path.stem],) = read_file(path).values()
+        headings = read_file(path)
+        if len(headings) != 1:
+            raise ValueError(f"{path} must have one heading, the topic's, and has {len(headings)}")
+        (topics[path.stem],) = headings.values()
     files = {path.stem: read_file(path) for path in folder.glob("*.txt")}
     return Dialogues(
         topics=topics,
@@ -77,14 +80,18 @@ def read_file(path: Path) -> dict[str, Sections]:
     sections: Sections = {}
     lines: list[str] = []
     for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
-        if line.startswith("# "):
+        section = re.fullmatch(r"\[((?:es|en) \w+)\]", line)
+        if line.startswith("# ") and line[2:] not in headings:
             headings[line[2:]] = sections = {}
-        elif match := re.fullmatch(r"\[((?:es|en) \w+)\]", line):
-            sections[match[1]] = lines = []
-        elif line.strip():
+        elif section and headings and section[1] not in sections:
+            sections[section[1]] = lines = []
+        elif line.strip() and not line.startswith(("#", "[")) and sections:
             lines.append(line)
         else:
-            raise ValueError(f"{path}:{number} is blank: each line must be a heading or an item")
+            raise ValueError(
+                f"{path}:{number} must be a new heading (# name), a new section below one "
+                f"([es kind]), or an item below a section, got {line!r}"
+            )
     return headings
 
 

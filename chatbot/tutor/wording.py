@@ -34,7 +34,7 @@ def invent_name(random: Random) -> str:
 
 
 def _invent_word(random: Random) -> str:
-    """Mostly one that could be said: BPE cuts the others into more pieces, which it must copy too."""
+    """Mostly one that could be said; the others are cut into more tokens, to be copied too."""
     parts = random.choices(SYLLABLES, k=random.randint(1, 4))
     if random.random() < 0.2:
         parts = random.choices(LETTERS, k=random.randint(2, 7))
