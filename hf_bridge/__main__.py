@@ -16,7 +16,8 @@ if TYPE_CHECKING:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command: 0 if it worked, 2 for what the user gave, 1 for a failure of the system."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
-    options = parser().parse_args(list(map(_dashed, arguments)))
+    end = arguments.index("--") if "--" in arguments else len(arguments)  # what follows is text
+    options = parser().parse_args([*map(_dashed, arguments[:end]), *arguments[end:]])
     try:
         options.run(options)
     except KeyboardInterrupt:
@@ -78,7 +79,8 @@ def parser() -> argparse.ArgumentParser:
 def _dashed(argument: str) -> str:
     """Hands know both spellings of a flag: --top_p and --top-p, --top_p=1 too."""
     name, equals, value = argument.partition("=")
-    return (name.replace("_", "-") if name.startswith("--") else name) + equals + value
+    flag = name.startswith("--") and " " not in name
+    return (name.replace("_", "-") if flag else name) + equals + value
 
 
 def _generate(options: argparse.Namespace) -> None:
@@ -190,8 +192,11 @@ def _quantize(options: argparse.Namespace) -> None:
     source, output = resolve(options.model), Path(options.output)
     if not options.output or output.is_file():
         raise ValueError(f"--output must be a directory, got {options.output!r}")
-    if output.resolve() == source.resolve():
-        raise ValueError("--output must be another directory than --model: nothing is overwritten")
+    if (output / "config.json").exists():
+        raise ValueError(
+            f"--output must be another directory than --model or any other model's, {output} "
+            "holds one: nothing is overwritten"
+        )
     if options.bits == 8 and (options.double_quant or options.quant_type):
         raise ValueError("--quant-type and --double-quant are for --bits 4")
     dtype = getattr(torch, options.dtype) if options.dtype else None

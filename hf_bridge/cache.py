@@ -33,6 +33,7 @@ class ContextOverflow(ValueError):
 class _Counted(HFCache):
     """What minigpt's caches know: how long they are, and each row's left padding (B, 1)."""
 
+    batch_size = 1  # the library's own is -1 for layers that grow
     padding: Tensor | None = None
     capacity: int | None = None
 
@@ -46,17 +47,33 @@ class _Counted(HFCache):
         held = [layer for layer in self.layers if layer.is_initialized]
         return sum(layer.keys.nbytes + layer.values.nbytes for layer in held)
 
+    def update(
+        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args, **kwargs
+    ) -> tuple[Tensor, Tensor]:
+        """The library's, which would take any number of rows the first time."""
+        self.check_rows(len(key_states))
+        return super().update(key_states, value_states, layer_idx, *args, **kwargs)
+
+    def check_rows(self, B: int) -> None:
+        """Raise ValueError for ids of another number of rows."""
+        if self.batch_size != B:
+            raise ValueError(
+                f"ids must have as many rows as the cache, {self.batch_size}, got {B}: "
+                f"new_cache({B}) makes one for them"
+            )
+
     def pad(self, padding: Tensor) -> None:
         """Note that each row begins with so many columns of padding: (B, 1)."""
         self.padding = padding
 
     def truncate(self, length: int) -> bool:
         """Forget all but the first `length` tokens; False if a full window has dropped some."""
-        if length >= self.length:
-            return True
-        if any(self.is_sliding) and self.length >= self.layers[0].get_max_length():
-            return False
-        self.crop(length - self.length)
+        if length < self.length:
+            if any(self.is_sliding) and self.length >= self.layers[0].get_max_length():
+                return False
+            self.crop(length - self.length)
+        if length == 0:
+            self.padding = None
         return True
 
 
@@ -69,6 +86,7 @@ class FullCache(_Counted):
                 f"batch_size and capacity must be at least 1, got {batch_size} and {capacity}"
             )
         super().__init__(layers=[DynamicLayer() for _ in range(config.n_layer)])
+        self.batch_size = batch_size
         self.capacity = capacity
 
 
@@ -79,10 +97,13 @@ class WindowCache(_Counted):
         self, config: GPTConfig, batch_size: int, window: int, sinks: int = 0, *, like: Tensor
     ):
         check_window(window, sinks)
+        if batch_size < 1:
+            raise ValueError(f"batch_size must be at least 1, got {batch_size}")
         if sinks or window == 1:
             raise ValueError("transformers has no window cache with sinks or of 1: use a full one")
         layers = [DynamicSlidingWindowLayer(window) for _ in range(config.n_layer)]
         super().__init__(layers=layers)
+        self.batch_size = batch_size
 
 
 Cache = FullCache | WindowCache

@@ -1,12 +1,13 @@
 """Step 17 through transformers: chat template, generate in a thread, a cache kept by crop.
 
-apply_chat_template reads special tokens out of a user's words unless they are broken before. A
+apply_chat_template reads special tokens out of a user's words unless they are hidden before. A
 cache that a sliding window has begun to forget cannot be cropped: the prompt is computed again.
 
 Before: trace.py.  After: nothing.  Twin: minigpt/engine.py.  Proof: tests/test_engine.py.
 """
 
 from collections.abc import Generator, Iterator, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -85,12 +86,13 @@ class Engine:
         """Messages (role, content) -> ids of a prompt that ends where the assistant is to speak."""
         if self.tokenizer.chat_template is None:
             return self.encode(transcript(messages))
-        special, words = self.tokenizer.special_tokens, "".join(m["content"] for m in messages)
-        sign = next(s for s in map(chr, range(0xE000, 0xF8FF)) if s not in words)
-        guarded = [{**message, "content": message["content"]} for message in messages]
-        for message in guarded:
-            pieces = self.tokenizer.split_special(message["content"])
-            message["content"] = "".join(p[0] + sign + p[1:] if p in special else p for p in pieces)
+        special = self.tokenizer.special_tokens
+        edges = {ord(letter) for token in special for letter in (token[0], token[-1])}
+        taken = set("".join(message["content"] for message in messages))
+        free = (code for code in range(0xD800, 0x110000) if chr(code) not in taken)
+        hidden = {edge: next(free) for edge in edges}
+        shown = {code: edge for edge, code in hidden.items()}
+        guarded = [{**m, "content": m["content"].translate(hidden)} for m in messages]
         try:
             text = self.tokenizer.hf.apply_chat_template(
                 guarded, tokenize=False, add_generation_prompt=True
@@ -101,9 +103,10 @@ class Engine:
             raise ValueError(
                 f"the model's chat template refuses these messages: {error}"
             ) from error
-        pieces = self.tokenizer.split_special(text)
-        rows = [[special[p]] if p in special else self.encode(p.replace(sign, "")) for p in pieces]
-        return [token for row in rows for token in row]
+        ids: list[int] = []
+        for piece in self.tokenizer.split_special(text):
+            ids += [special[piece]] if piece in special else self.encode(piece.translate(shown))
+        return ids
 
     def stream(
         self,
@@ -153,15 +156,14 @@ class Engine:
         return self._give(tokens, cache, list(ids))
 
     def _give(self, tokens: Generator[int], cache: Cache, ids: list[int]) -> Iterator[int]:
-        try:
+        with suppress(GeneratorExit):  # closed between two tokens: the cache is whole
             for token in tokens:
                 ids.append(token)
                 if token == self.tokenizer.eos_token_id:
-                    return
+                    break
                 yield token
-        finally:
-            tokens.close()  # the thread has ended before anyone else gets the cache
-            self._cache, self._ids = cache, ids
+        tokens.close()  # the thread has ended before anyone else gets the cache
+        self._cache, self._ids = cache, ids
 
 
 def transcript(messages: Sequence[Mapping[str, str]]) -> str:

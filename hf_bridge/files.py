@@ -51,7 +51,7 @@ def resolve(name_or_path: str | Path) -> Path:
     Raises WeightsError if it is neither, OSError if a download breaks off.
     """
     name = str(name_or_path)
-    folder = Path(name).expanduser()
+    folder = Path(os.path.expanduser(name))  # Path.expanduser raises for a user unknown
     if name and folder.is_dir():  # an empty name would be the working directory
         return folder
     if folder.is_file():
@@ -61,12 +61,14 @@ def resolve(name_or_path: str | Path) -> Path:
     try:
         cached = Path(snapshot_download(name, allow_patterns=WANTED, local_files_only=True))
         weight_files(cached)
-        if (cached / "config.json").is_file():
+        names = {path.name for path in cached.iterdir()}
+        tokenizer = "tokenizer.json" in names or names >= {"vocab.json", "merges.txt"}
+        if tokenizer and "config.json" in names:
             return cached
     except (errors.HFValidationError, errors.LocalEntryNotFoundError, WeightsError):
         pass  # not there, or not whole
     try:
-        return Path(snapshot_download(name, allow_patterns=WANTED))
+        return Path(snapshot_download(name, allow_patterns=WANTED))  # out of reach: what is cached
     except Exception as error:
         for kinds, sentence in SENTENCES.items():
             if isinstance(error, kinds):

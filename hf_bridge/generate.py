@@ -81,7 +81,7 @@ def _options(
     eos_token_id: int | None,
 ) -> dict:
     """Check everything now; then say it in the words of transformers' generate."""
-    model.check_ids(ids)
+    model.check_ids(ids, attention_mask)
     if max_new_tokens < 1:
         raise ValueError(f"max_new_tokens must be at least 1, got {max_new_tokens}")
     B, T = ids.shape

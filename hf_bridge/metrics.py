@@ -107,18 +107,19 @@ def kl_divergence(logits: Tensor, others: Tensor) -> float:
     """Mean over positions of KL(p || q) in nats, by torch's kl_div, which takes q first."""
     _check_same(logits, others)
     p, q = (x if x.dtype == torch.float64 else x.float() for x in (logits, others))
-    total = F.kl_div(
-        q.log_softmax(-1), p.log_softmax(-1), reduction="none", log_target=True
-    ).nan_to_num(nan=0.0)
-    return total.sum(-1).mean().item()
+    log_p, log_q = p.log_softmax(-1), q.log_softmax(-1)
+    terms = F.kl_div(log_q, log_p, reduction="none", log_target=True)
+    return terms.masked_fill(log_p == -math.inf, 0.0).sum(-1).mean().item()  # 0 log 0 is 0
 
 
 def top1_agreement(logits: Tensor, others: Tensor) -> float:
-    """The share of positions with the same maximum, as an accuracy."""
+    """The share of positions with the same maximum, as an accuracy; NaN is none."""
     from sklearn.metrics import accuracy_score
 
     _check_same(logits, others)
-    return float(accuracy_score(others.argmax(-1).flatten(), logits.argmax(-1).flatten()))
+    unknown = (logits.isnan() | others.isnan()).any(-1)  # argmax takes NaN for the largest
+    chosen = logits.argmax(-1).masked_fill(unknown, -1)
+    return float(accuracy_score(others.argmax(-1).flatten(), chosen.flatten()))
 
 
 def confusion_matrix(

@@ -86,7 +86,7 @@ class GPT(nn.Module):
         self, ids: Tensor, *, attention_mask: Tensor | None = None, cache: Cache | None = None
     ) -> Tensor:
         """Logits for every position: (B, T) -> (B, T, V); arguments and errors as in minigpt."""
-        self.check_ids(ids)
+        self.check_ids(ids, attention_mask)
         return self.head(self.hidden(ids, attention_mask=attention_mask, cache=cache))
 
     def hidden(
@@ -94,12 +94,14 @@ class GPT(nn.Module):
     ) -> Tensor:
         """The last block's normalised output, (B, T) -> (B, T, C)."""
         B, T = ids.shape
+        if cache is not None:
+            cache.check_rows(B)
         start = cache.length if cache is not None else 0
         held = cache.capacity if cache is not None else None
         for limit in (self.config.n_positions, held):
             if limit is not None and start + T > limit:
                 raise ContextOverflow(start + T, limit)
-        padding = self._padding(ids, attention_mask, cache)
+        padding = self._padding(attention_mask, cache)
         columns = torch.arange(start + T, device=ids.device).expand(B, -1)  # (B, S)
         positions = columns[:, start:] - padding  # (B, T)
         return self.hf.transformer(
@@ -124,8 +126,8 @@ class GPT(nn.Module):
         capacity = self.config.n_positions if capacity is None else capacity
         return FullCache(self.config, batch_size, capacity, like=like)
 
-    def check_ids(self, ids: Tensor) -> None:
-        """Raise ValueError unless ids is a (B, T) batch of tokens of this vocabulary."""
+    def check_ids(self, ids: Tensor, attention_mask: Tensor | None = None) -> None:
+        """Raise ValueError unless ids is a (B, T) batch of tokens, and a mask has its shape."""
         if ids.dim() != 2 or ids.dtype not in (torch.int64, torch.int32):
             raise ValueError(
                 f"ids must be a (B, T) tensor of integers, got shape {tuple(ids.shape)} {ids.dtype}"
@@ -138,19 +140,15 @@ class GPT(nn.Module):
             raise ValueError(
                 f"token ids must be in [0, {self.config.vocab_size}), the vocabulary, got {wrong}"
             )
+        if attention_mask is not None and attention_mask.shape != ids.shape:
+            raise ValueError(
+                f"attention_mask must have the shape of ids, {tuple(ids.shape)}, "
+                f"got {tuple(attention_mask.shape)}"
+            )
 
-    def _padding(
-        self, ids: Tensor, attention_mask: Tensor | None, cache: Cache | None
-    ) -> Tensor | int:
+    def _padding(self, attention_mask: Tensor | None, cache: Cache | None) -> Tensor | int:
         """(B, 1) columns of padding at each row's left, or 0. A cache remembers them."""
-        padding = None
-        if attention_mask is not None:
-            if attention_mask.shape != ids.shape:
-                raise ValueError(
-                    f"attention_mask must have the shape of ids, {tuple(ids.shape)}, "
-                    f"got {tuple(attention_mask.shape)}"
-                )
-            padding = left_padding(attention_mask)
+        padding = None if attention_mask is None else left_padding(attention_mask)
         if cache is not None:
             if padding is not None and cache.length:
                 raise ValueError("padding stands on the left: give its mask before the first token")

@@ -2,8 +2,9 @@
 
 Left alone, the Trainer divides GPT-2's loss by a count that holds each row's first label, which is
 never predicted (it leaves that out for classes named …ForCausalLM), and the model's own loss is
-computed in float32 even for a float64 model: so the loss is summed here. TrainingArguments takes
-nearly any number; TrainConfig checks what minigpt checks.
+computed in float32 even for a float64 model: so the loss is summed here. A bare forward counts the
+columns of left padding: so positions are told. TrainingArguments takes nearly any number;
+TrainConfig checks what minigpt checks.
 
 Twin: minigpt/optimize.py.  Proof: tests/test_train.py.
 """
@@ -20,6 +21,7 @@ from torch import Tensor
 from transformers import TrainingArguments, get_cosine_with_min_lr_schedule_with_warmup
 
 from hf_bridge.batches import IGNORED
+from hf_bridge.mask import left_padding
 from hf_bridge.model import GPT
 
 Batch = Mapping[str, Tensor]
@@ -121,8 +123,17 @@ def learning_rate(step: int, config: TrainConfig) -> float:
 
 def summed_loss(model: GPT, batch: Batch) -> Tensor:
     """-log p of every token that counts, added up: a scalar."""
-    inputs = {name: tensor for name, tensor in batch.items() if name != "labels"}
+    inputs = {name: tensor for name, tensor in with_positions(batch).items() if name != "labels"}
     return causal_loss(model.hf(**inputs), batch["labels"])
+
+
+def with_positions(batch: Batch) -> Batch:
+    """A left-padded batch with "position_ids"; ValueError for a mask with a hole."""
+    mask = batch.get("attention_mask")
+    if mask is None or (mask[:, 1:] <= mask[:, :-1]).all():
+        return batch  # padding on the right: a token's position is its column
+    left_padding(mask)  # refuses a hole
+    return {**batch, "position_ids": (mask.cumsum(dim=1) - 1).clamp(min=0)}  # (B, T)
 
 
 def causal_loss(outputs: Mapping[str, Tensor], labels: Tensor) -> Tensor:

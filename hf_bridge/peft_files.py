@@ -8,6 +8,7 @@ Twin: minigpt/peft_files.py.  Proof: tests/test_lora.py.
 """
 
 import copy
+import os
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -122,5 +123,5 @@ def _check_config(path: Path, base_model: str | None) -> None:
 
 def _last(name: object) -> str:
     """What a directory or a hub id is called: people move the one and mirror the other."""
-    path = Path(str(name)).expanduser()
+    path = Path(os.path.expanduser(str(name)))
     return (path.resolve() if path.is_dir() else path).name

@@ -3,7 +3,8 @@
     RepetitionPenalty -> Temperature -> TopK -> TopP -> MinP -> softmax -> multinomial
 
 generate takes top_p = 1.5 for "off" and refuses a temperature of 0 or of int 2; here both are
-errors or both are numbers. It draws from the global generator only.
+errors or both are numbers. It draws from the global generator only, and of scores that are NaN the
+likeliest word is token 0.
 
 Before: weights.py.  After: generate.py.  Twin: minigpt/sampler.py.  Proof: tests/test_sampler.py.
 """
@@ -14,6 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 from transformers import (
+    LogitsProcessor,
     LogitsProcessorList,
     MinPLogitsWarper,
     RepetitionPenaltyLogitsProcessor,
@@ -48,7 +50,7 @@ class Sampler:
             )
 
     def _warpers(self) -> LogitsProcessorList:
-        """Every processor after the penalty; none at temperature 0."""
+        """Every processor after the penalty; at temperature 0 only the check."""
         chosen = LogitsProcessorList()
         if self.temperature not in (0, 1):
             chosen.append(TemperatureLogitsWarper(float(self.temperature)))
@@ -58,6 +60,7 @@ class Sampler:
             chosen.append(TopPLogitsWarper(float(self.top_p)))
         if self.temperature and self.min_p:
             chosen.append(MinPLogitsWarper(float(self.min_p)))
+        chosen.append(_Finite())
         return chosen
 
     def process(self, logits: Tensor, seen: Tensor | None = None) -> Tensor:
@@ -76,8 +79,20 @@ class Sampler:
         *,
         generator: torch.Generator | None = None,
     ) -> Tensor:
-        """Draw one id per row: (B, V) -> (B,)."""
+        """Draw one id per row: (B, V) -> (B,). FloatingPointError for scores that allow no draw."""
         scores = self.process(logits, seen)
         if self.temperature == 0:
             return scores.argmax(-1)
         return torch.multinomial(scores.softmax(-1), 1, generator=generator).squeeze(-1)
+
+
+class _Finite(LogitsProcessor):
+    """Raise FloatingPointError where softmax and argmax would make something up."""
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        if not scores.amax(-1).isfinite().all():
+            raise FloatingPointError(
+                "the model's scores are not finite: its weights hold NaN or infinity, "
+                "or their dtype overflows: load it in float32"
+            )
+        return scores

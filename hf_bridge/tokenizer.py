@@ -1,21 +1,23 @@
 """Step 2 through transformers: GPT2TokenizerFast, a Rust tokenizer behind a Python class.
 
 Left alone, it turns "<|endoftext|>" in a user's text into the end token (split_special_tokens
-stops that), adds that token to vocabularies that lack it, makes an empty vocabulary of a directory
-without tokenizer files and reads one without merges as it is, raises a bare Exception for damaged
-ones, and decodes an unknown id as nothing. Its Unicode tables are older than those of the `regex`
-package: letters assigned since then are cut differently.
+stops that, but not for added tokens that are not special), puts in tokens that nobody wrote where
+the files say so, adds "<|endoftext|>" to vocabularies that lack it, makes an empty vocabulary of a
+directory without tokenizer files and reads one without merges as it is, raises a bare Exception for
+damaged ones, and decodes an unknown id as nothing. Its Unicode tables are older than those of the
+`regex` package: letters assigned since then are cut differently.
 
 Before: config.py.  After: mask.py.  Twin: minigpt/tokenizer.py.  Proof: tests/test_tokenizer.py.
 """
 
 import json
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
+from functools import cached_property
 from pathlib import Path
 
+from tokenizers import AddedToken, models, pre_tokenizers, trainers
 from tokenizers import Tokenizer as Backend
-from tokenizers import models, pre_tokenizers, trainers
 from tokenizers.decoders import DecodeStream
 from transformers import GPT2TokenizerFast
 
@@ -42,18 +44,27 @@ class Tokenizer:
         *,
         eos_token: str | None = None,
         chat_template: str | None = None,
+        shown: Collection[str] = (),
     ):
+        special_tokens = special_tokens or {}
         for text in (*map("".join, merges), *pre_tokenizers.ByteLevel.alphabet()):
             if text not in vocab:  # the library would leave such a byte out of the text
                 raise ValueError(
                     f"the vocabulary must hold every byte and merge, got none for {text!r}"
                 )
-        if eos_token is not None and eos_token not in (special_tokens or {}):
+        if eos_token is not None and eos_token not in special_tokens:
             raise ValueError(f"eos_token must be one of the special tokens, got {eos_token!r}")
-        names = dict.fromkeys(NAMES, eos_token)
-        self.hf = GPT2TokenizerFast(vocab=vocab, merges=[*map(tuple, merges)], **names)
-        in_order = sorted(special_tokens or {}, key=(special_tokens or {}).__getitem__)
-        self.hf.add_tokens(in_order, special_tokens=True)
+        no_names = dict.fromkeys(NAMES)  # a named token would get the first id, whatever it asks
+        self.hf = GPT2TokenizerFast(vocab=vocab, merges=[*map(tuple, merges)], **no_names)
+        for text in sorted(special_tokens, key=special_tokens.__getitem__):
+            self.hf.add_tokens(AddedToken(text, normalized=False, special=text not in shown))
+        if self.special_tokens != special_tokens:  # the library gives ids, it takes none
+            raise ValueError(
+                "special tokens must be in the vocabulary or have the ids that follow it, "
+                f"got {special_tokens}"
+            )
+        if eos_token is not None:
+            self.hf.add_special_tokens(dict.fromkeys(NAMES, eos_token))
         self.hf.chat_template = chat_template
 
     def __len__(self) -> int:
@@ -85,7 +96,16 @@ class Tokenizer:
             text.encode()
         except UnicodeEncodeError as error:
             raise ValueError(f"text must be valid Unicode: {error}") from error
-        return self.hf(text, split_special_tokens=not allow_special, verbose=False).input_ids
+        if not allow_special:
+            return self._plain.encode(text).ids
+        return self.hf(text, add_special_tokens=False, verbose=False).input_ids
+
+    @cached_property
+    def _plain(self) -> Backend:
+        """The same merges without an added token that a text could become."""
+        plain = Backend(self.hf.backend_tokenizer.model)
+        plain.pre_tokenizer = self.hf.backend_tokenizer.pre_tokenizer
+        return plain
 
     def split_special(self, text: str) -> list[str]:
         """Cut text around the special tokens in it."""
@@ -198,6 +218,12 @@ def train(
 ) -> Tokenizer:
     """Learn the merges by the tokenizers library's BpeTrainer; ids run as in minigpt."""
     alphabet = pre_tokenizers.ByteLevel.alphabet()
+    distinct = len({*alphabet, *special_tokens}) == len(alphabet) + len(special_tokens)
+    if not distinct or "" in special_tokens:
+        raise ValueError(
+            "special_tokens must be distinct, not empty and no byte's letter, "
+            f"got {list(special_tokens)}"
+        )
     if vocab_size < len(alphabet) + len(special_tokens):
         raise ValueError(
             f"vocab_size must be at least {len(alphabet) + len(special_tokens)} "

@@ -42,6 +42,9 @@ __all__ = [
     "train",
 ]
 
+# peft's fields for what an adapter computes; its A and B show the rank only.
+_LORA = ("r", "lora_alpha", "lora_dropout", "use_rslora", "qkv")
+
 
 def train(
     model: GPT,
@@ -77,13 +80,13 @@ def train(
 
 
 def _settings(model: GPT, batches: Callable[[int], Batch], config: TrainConfig) -> Record:
-    """What must be equal for a run to go on: numbers, model, trained parameters, data."""
+    """What must be equal for a run to go on: numbers, model, trained parameters, LoRA, data."""
     adapters = model.hf.peft_config if isinstance(model.hf, PeftModel) else {}
     first = batches(0)["input_ids"]
     return {
         **asdict(config),
         **{f"model.{name}": value for name, value in model.config.to_dict().items()},
-        **{f"{name}.alpha": adapter.lora_alpha for name, adapter in adapters.items()},
+        **{f"{name}.{key}": getattr(lora, key) for name, lora in adapters.items() for key in _LORA},
         **{n: str(tuple(p.shape)) for n, p in model.hf.named_parameters() if p.requires_grad},
         "first batch": zlib.crc32(first.cpu().contiguous().numpy().tobytes()),
     }

@@ -42,7 +42,7 @@ class FullCache:
 
     `length` tokens are held; `padding` is None or (B, 1), each row's number of left padding
     columns. `append` leaves `length` alone and the model calls `advance` at the end of its
-    forward, so an interrupted forward leaves the cache as it was.
+    forward, so an interrupted forward changes nothing of the tokens held.
 
     >>> cache = FullCache(GPTConfig(n_embd=2, n_head=1, n_layer=1), 1, 3, like=torch.empty(0))
     >>> k, v = cache.append(0, torch.ones(1, 1, 2, 2), torch.ones(1, 1, 2, 2)); cache.advance(2)
@@ -58,6 +58,7 @@ class FullCache:
             raise ValueError(
                 f"batch_size and capacity must be at least 1, got {batch_size} and {capacity}"
             )
+        self.batch_size = batch_size
         self.capacity = capacity
         self.length = 0
         self.padding: Tensor | None = None
@@ -92,11 +93,15 @@ class FullCache:
     def truncate(self, length: int) -> bool:
         """Forget all but the first `length` tokens; False, nothing changed, if it cannot."""
         self.length = min(self.length, length)
+        if length == 0:
+            self.padding = None
         return True
 
 
 class WindowCache:
     """Keys and values of the last `window` tokens and the first `sinks`; calls as in FullCache.
+
+    An interrupted forward of several tokens damages it: what they pushed out of the ring is gone.
 
     >>> config = GPTConfig(n_embd=2, n_head=1, n_layer=1)
     >>> cache = WindowCache(config, 1, window=3, sinks=1, like=torch.empty(0))
@@ -110,6 +115,9 @@ class WindowCache:
         self, config: GPTConfig, batch_size: int, window: int, sinks: int = 0, *, like: Tensor
     ):
         check_window(window, sinks)
+        if batch_size < 1:
+            raise ValueError(f"batch_size must be at least 1, got {batch_size}")
+        self.batch_size = batch_size
         self.window = window
         self.sinks = sinks
         self.length = 0
@@ -159,12 +167,13 @@ class WindowCache:
 
     def truncate(self, length: int) -> bool:
         """Forget all but the first `length` tokens; False if the ring has overwritten some."""
-        if length >= self.length:
-            return True
-        if self.length > self.sinks + self.window:
-            return False
-        self.held[self.held >= length] = EMPTY
-        self.length = length
+        if length < self.length:
+            if self.length > self.sinks + self.window:
+                return False
+            self.held[self.held >= length] = EMPTY
+            self.length = length
+        if length == 0:
+            self.padding = None
         return True
 
     def _slots(self, columns: Tensor) -> Tensor:

@@ -7,6 +7,7 @@ Before: trace.py.  After: nothing.  Twin: hf_bridge/engine.py.  Proof: tests/tes
 """
 
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -92,17 +93,20 @@ class Engine:
         template = self.tokenizer.chat_template
         if template is None:
             return self.encode(transcript(messages))
-        # A user's text must not become a special token: a sign that no message contains breaks each
-        # one before the template is filled in, and is taken out of the plain text afterwards.
-        sign = next(s for s in map(chr, range(0xE000, 0xF8FF)) if not _contains(messages, s))
-        guarded = [{**m, "content": self._break_special(m["content"], sign)} for m in messages]
+        # A message must not become a special token, alone or with what the template puts beside it:
+        # letters that begin or end one are exchanged for letters that no message holds (the first
+        # are lone surrogates: no valid text holds them), and put back in the plain text afterwards.
+        special = self.tokenizer.special_tokens
+        edges = {ord(letter) for token in special for letter in (token[0], token[-1])}
+        taken = set("".join(message["content"] for message in messages))
+        free = (code for code in range(0xD800, 0x110000) if chr(code) not in taken)
+        hidden = {edge: next(free) for edge in edges}
+        shown = {code: edge for edge, code in hidden.items()}
+        guarded = [{**m, "content": m["content"].translate(hidden)} for m in messages]
         text = render_template(template, guarded, eos_token=self.tokenizer.eos_token or "")
         ids: list[int] = []
         for piece in self.tokenizer.split_special(text):
-            if piece in self.tokenizer.special_tokens:
-                ids.append(self.tokenizer.special_tokens[piece])
-            else:
-                ids += self.encode(piece.replace(sign, ""))
+            ids += [special[piece]] if piece in special else self.encode(piece.translate(shown))
         return ids
 
     def stream(
@@ -153,19 +157,13 @@ class Engine:
         return self._give(tokens, cache, list(ids))
 
     def _give(self, tokens: Iterator[int], cache: Cache, ids: list[int]) -> Iterator[int]:
-        try:
+        with suppress(GeneratorExit):  # closed between two tokens: the cache is whole
             for token in tokens:
                 ids.append(token)
                 if token == self.tokenizer.eos_token_id:
-                    return
+                    break
                 yield token
-        finally:
-            self._cache, self._ids = cache, ids
-
-    def _break_special(self, text: str, sign: str) -> str:
-        pieces = self.tokenizer.split_special(text)
-        special = self.tokenizer.special_tokens
-        return "".join(p[0] + sign + p[1:] if p in special else p for p in pieces)
+        self._cache, self._ids = cache, ids
 
 
 def transcript(messages: Sequence[Mapping[str, str]]) -> str:
@@ -207,10 +205,6 @@ def render_template(
         raise ValueError(f"the model's chat template is no valid Jinja: {error}") from error
     except Exception as error:  # a template is a program, and fails like one
         raise ValueError(f"the model's chat template refuses these messages: {error}") from error
-
-
-def _contains(messages: Sequence[Mapping[str, str]], sign: str) -> bool:
-    return any(sign in message["content"] for message in messages)
 
 
 def _common_prefix(a: Sequence[int], b: Sequence[int]) -> int:

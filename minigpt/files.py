@@ -39,7 +39,7 @@ def resolve(name_or_path: str | Path) -> Path:
     Raises WeightsError if it is neither, OSError if a download breaks off.
     """
     name = str(name_or_path)
-    folder = Path(name).expanduser()
+    folder = Path(os.path.expanduser(name))  # Path.expanduser raises for a user unknown
     if name and folder.is_dir():  # an empty name would be the working directory
         return folder
     if folder.is_file():
@@ -137,7 +137,7 @@ def save_tensors(
 
 
 def _cached(repo_id: str) -> Path | None:
-    """The hub cache's copy, if it is whole."""
+    """The hub cache's copy, if it is whole: other programs fetch weights without a tokenizer."""
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
 
@@ -146,11 +146,16 @@ def _cached(repo_id: str) -> Path | None:
         weight_files(folder)
     except (HFValidationError, LocalEntryNotFoundError, WeightsError):
         return None
-    return folder if (folder / "config.json").is_file() else None
+    names = {path.name for path in folder.iterdir()}
+    tokenizer = "tokenizer.json" in names or names >= {"vocab.json", "merges.txt"}
+    return folder if tokenizer and "config.json" in names else None
 
 
 def _download(repo_id: str) -> Path:
-    """Fetch a model from the hub into huggingface_hub's cache, with its progress bars."""
+    """Fetch a model from the hub into huggingface_hub's cache, with its progress bars.
+
+    Where the hub is out of reach, the library gives what the cache has of it.
+    """
     from huggingface_hub import errors, snapshot_download
 
     try:

@@ -38,8 +38,8 @@ def generate(
     that has drawn `eos_token_id` goes on with it; the loop ends when every row has, or after
     `max_new_tokens`. `prefill_chunk_size` reads a long prompt in pieces of that many tokens.
 
-    Raises ValueError for bad options or ids and ContextOverflow if prompt and reply do not fit,
-    both before any computation.
+    Raises ValueError for bad options, ids or mask and ContextOverflow if prompt and reply do not
+    fit, both before any computation.
     """
     sampler = Sampler(temperature, top_k, top_p, min_p, repetition_penalty)
     chunk = prefill_chunk_size
@@ -91,7 +91,7 @@ def _decode(
     chunk: int | None,
 ) -> Iterator[Tensor]:
     """Check everything now; then give (B,) tokens, each computed when it is asked for."""
-    model.check_ids(ids)
+    model.check_ids(ids, attention_mask)
     if max_new_tokens < 1:
         raise ValueError(f"max_new_tokens must be at least 1, got {max_new_tokens}")
     if chunk is not None and chunk < 1:

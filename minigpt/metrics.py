@@ -119,14 +119,16 @@ def kl_divergence(logits: Tensor, others: Tensor) -> float:
 
 
 def top1_agreement(logits: Tensor, others: Tensor) -> float:
-    """The share of positions at which both (…, V) logits have the same maximum.
+    """The share of positions at which both (…, V) logits have the same maximum; NaN is none.
 
     >>> a, b = torch.tensor([[0, 1], [1, 0]]), torch.tensor([[0, 9], [0, 2]])
     >>> top1_agreement(a, b)
     0.5
     """
     _check_same(logits, others)
-    return (logits.argmax(-1) == others.argmax(-1)).double().mean().item()
+    unknown = (logits.isnan() | others.isnan()).any(-1)  # argmax takes NaN for the largest
+    same = logits.argmax(-1) == others.argmax(-1)
+    return (same & ~unknown).double().mean().item()
 
 
 def confusion_matrix(

@@ -137,20 +137,25 @@ class GPT(nn.Module):
 
         `attention_mask` (B, T) of 0 and 1 marks left padding. With a `cache`, ids continue after
         the tokens that it holds, and it holds them too afterwards. Raises ValueError for ids that
-        are no tokens, ContextOverflow past n_positions.
+        are no tokens or not as many rows as the cache's, ContextOverflow past n_positions.
         """
-        self.check_ids(ids)
+        self.check_ids(ids, attention_mask)
         return self.head(self.hidden(ids, attention_mask=attention_mask, cache=cache))
 
     def hidden(
         self, ids: Tensor, *, attention_mask: Tensor | None = None, cache: Cache | None = None
     ) -> Tensor:
         """The last block's normalised output, (B, T) -> (B, T, C); arguments as in forward."""
-        T = ids.shape[-1]
+        B, T = ids.shape
+        if cache is not None and cache.batch_size != B:
+            raise ValueError(
+                f"ids must have as many rows as the cache, {cache.batch_size}, got {B}: "
+                f"new_cache({B}) makes one for them"
+            )
         start = cache.length if cache is not None else 0
         if start + T > self.config.n_positions:
             raise ContextOverflow(start + T, self.config.n_positions)
-        padding = self._padding(ids, attention_mask, cache)
+        padding = self._padding(attention_mask, cache)
         columns = torch.arange(start, start + T, device=ids.device)  # (T,)
         positions = columns if padding is None else (columns - padding).clamp(min=0)  # (B, T)
         mask = self._mask(columns, padding, cache)
@@ -185,8 +190,8 @@ class GPT(nn.Module):
         capacity = self.config.n_positions if capacity is None else capacity
         return FullCache(self.config, batch_size, capacity, like=self.wte.weight)
 
-    def check_ids(self, ids: Tensor) -> None:
-        """Raise ValueError unless ids is a (B, T) batch of tokens of this vocabulary."""
+    def check_ids(self, ids: Tensor, attention_mask: Tensor | None = None) -> None:
+        """Raise ValueError unless ids is a (B, T) batch of tokens, and a mask has its shape."""
         if ids.dim() != 2 or ids.dtype not in (torch.int64, torch.int32):
             raise ValueError(
                 f"ids must be a (B, T) tensor of integers, got shape {tuple(ids.shape)} {ids.dtype}"
@@ -199,18 +204,16 @@ class GPT(nn.Module):
             raise ValueError(
                 f"token ids must be in [0, {self.config.vocab_size}), the vocabulary, got {wrong}"
             )
-
-    def _padding(
-        self, ids: Tensor, attention_mask: Tensor | None, cache: Cache | None
-    ) -> Tensor | None:
-        """(B, 1) columns of padding at each row's left, or None. A cache remembers them."""
-        if attention_mask is None:
-            return cache.padding if cache is not None else None
-        if attention_mask.shape != ids.shape:
+        if attention_mask is not None and attention_mask.shape != ids.shape:
             raise ValueError(
                 f"attention_mask must have the shape of ids, {tuple(ids.shape)}, "
                 f"got {tuple(attention_mask.shape)}"
             )
+
+    def _padding(self, attention_mask: Tensor | None, cache: Cache | None) -> Tensor | None:
+        """(B, 1) columns of padding at each row's left, or None. A cache remembers them."""
+        if attention_mask is None:
+            return cache.padding if cache is not None else None
         padding = left_padding(attention_mask)
         if cache is not None and padding is not None:
             if cache.length:

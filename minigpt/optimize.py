@@ -140,13 +140,14 @@ def summed_loss(model: GPT, batch: Batch) -> Tensor:
 
     The labels stand where their tokens stand, and are shifted here, as in transformers: position
     t predicts label t + 1. Only positions whose label counts go through the head, and their
-    logits are compared in float32 at least.
+    logits are compared in float32 at least. Rows are padded on the left, or on the right; raises
+    ValueError for a mask with a hole.
     """
     ids, labels = batch["input_ids"], batch["labels"]
     mask = batch.get("attention_mask")
-    if mask is not None and mask[:, 0].all():
+    model.check_ids(ids, mask)
+    if mask is not None and (mask[:, 1:] <= mask[:, :-1]).all():
         mask = None  # padding on the right: no real token ever looks at it
-    model.check_ids(ids)
     x = model.hidden(ids, attention_mask=mask)[:, :-1].flatten(0, 1)  # (B * (T-1), C)
     targets = labels[:, 1:].flatten()
     counting = (targets != IGNORED).nonzero().squeeze(1)  # (N,)

@@ -9,6 +9,7 @@ that is an error.
 Twin: hf_bridge/peft_files.py.  Proof: tests/test_lora.py.
 """
 
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -148,5 +149,5 @@ def _read_config(folder: Path, base_model: str | None) -> dict[str, Any]:
 
 def _last(name: object) -> str:
     """What a directory or a hub id is called: people move the one and mirror the other."""
-    path = Path(str(name)).expanduser()
+    path = Path(os.path.expanduser(str(name)))
     return (path.resolve() if path.is_dir() else path).name

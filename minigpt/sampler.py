@@ -121,8 +121,13 @@ class Sampler:
         *,
         generator: torch.Generator | None = None,
     ) -> Tensor:
-        """Draw one id per row: (B, V) -> (B,)."""
+        """Draw one id per row: (B, V) -> (B,). FloatingPointError for scores that allow no draw."""
         scores = self.process(logits, seen)
+        if not scores.amax(-1).isfinite().all():  # argmax would give token 0 for NaN, for ever
+            raise FloatingPointError(
+                "the model's scores are not finite: its weights hold NaN or infinity, "
+                "or their dtype overflows: load it in float32"
+            )
         if self.temperature == 0:
             return scores.argmax(-1)
         return torch.multinomial(scores.softmax(-1), 1, generator=generator).squeeze(-1)

@@ -12,7 +12,7 @@ Before: config.py.  After: mask.py.  Twin: hf_bridge/tokenizer.py.  Proof: tests
 
 import codecs
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from functools import cache, lru_cache
 from itertools import pairwise
 from pathlib import Path
@@ -60,7 +60,7 @@ class Tokenizer:
     """A vocabulary, the merges in the order they were learned, and the special tokens.
 
     `special_tokens` are ids of their own that no text contains: encode makes them only where it
-    is told to.
+    is told to. Those `shown` belong to a reply's text, as <think> may: decode never skips them.
 
     >>> tokenizer = train(["low low low lower"], vocab_size=260)
     >>> [tokenizer.decode([i]) for i in tokenizer.encode("low lower")]
@@ -75,12 +75,14 @@ class Tokenizer:
         *,
         eos_token: str | None = None,
         chat_template: str | None = None,
+        shown: Collection[str] = (),
     ):
         self.vocab = vocab
         self.merges = list(merges)
         self.special_tokens = special_tokens or {}
         self.eos_token = eos_token
         self.chat_template = chat_template
+        self.shown = frozenset(shown)
         self._rank = {pair: rank for rank, pair in enumerate(self.merges)}
         self._letters = {i: letters for letters, i in vocab.items()}
         self._special_ids = {i: text for text, i in self.special_tokens.items()}
@@ -134,7 +136,9 @@ class Tokenizer:
         pieces = []
         for i in ids:
             if i in self._special_ids:
-                pieces.append(b"" if skip_special_tokens else self._special_ids[i].encode())
+                text = self._special_ids[i]
+                skipped = skip_special_tokens and text not in self.shown
+                pieces.append(b"" if skipped else text.encode())
             elif i in self._letters:
                 pieces.append(bytes(letter_bytes()[letter] for letter in self._letters[i]))
             elif i < 0 or not skip_special_tokens:  # else of a padded vocabulary: no text either
@@ -148,18 +152,16 @@ class Tokenizer:
         Raises ValueError for files that are missing, damaged, or of another kind of tokenizer.
         """
         folder = resolve(name_or_path)
-        vocab, merges, special_tokens, eos_token, chat_template = tokenizer_files.read(folder)
+        parts = tokenizer_files.read(folder)
         try:
-            return cls(
-                vocab, merges, special_tokens, eos_token=eos_token, chat_template=chat_template
-            )
+            return cls(**parts._asdict())
         except ValueError as error:
             raise ValueError(f"{folder}: {error}") from error
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write tokenizer.json, tokenizer_config.json and the chat template for transformers."""
         parts = (self.vocab, self.merges, self.special_tokens, self.eos_token, self.chat_template)
-        tokenizer_files.write(Path(folder), tokenizer_files.Parts(*parts))
+        tokenizer_files.write(Path(folder), tokenizer_files.Parts(*parts, self.shown))
 
     def _encode_plain(self, text: str) -> list[int]:
         try:
@@ -218,9 +220,17 @@ def train(
     Ids run: special tokens, the 256 bytes, merges, as in the tokenizers library. The first special
     token also ends texts (eos).
 
-    Raises ValueError if vocab_size has no room for the bytes and the special tokens.
+    Raises ValueError if vocab_size has no room for the bytes and the special tokens, or for special
+    tokens that would share an id.
     """
-    vocab = {text: i for i, text in enumerate([*special_tokens, *sorted(byte_letters().values())])}
+    letters = sorted(byte_letters().values())
+    distinct = len({*letters, *special_tokens}) == len(letters) + len(special_tokens)
+    if not distinct or "" in special_tokens:
+        raise ValueError(
+            "special_tokens must be distinct, not empty and no byte's letter, "
+            f"got {list(special_tokens)}"
+        )
+    vocab = {text: i for i, text in enumerate([*special_tokens, *letters])}
     if vocab_size < len(vocab):
         raise ValueError(
             f"vocab_size must be at least {len(vocab)} (bytes and special tokens), got {vocab_size}"

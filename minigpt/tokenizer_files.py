@@ -28,6 +28,7 @@ class Parts(NamedTuple):
     special_tokens: dict[str, int]
     eos_token: str | None
     chat_template: str | None
+    shown: frozenset[str]
 
 
 def read(folder: Path) -> Parts:
@@ -38,8 +39,9 @@ def read(folder: Path) -> Parts:
     whole, vocabulary, pairs = (
         folder / name for name in ("tokenizer.json", "vocab.json", "merges.txt")
     )
+    shown: frozenset[str] = frozenset()
     if whole.is_file():
-        vocab, merges, special_tokens = _read_whole(whole)
+        vocab, merges, special_tokens, shown = _read_whole(whole)
     elif vocabulary.is_file() and pairs.is_file():
         published = read_json(vocabulary)
         with _damage(vocabulary):
@@ -57,7 +59,7 @@ def read(folder: Path) -> Parts:
         eos_token = END
     if eos_token in vocab:  # the files need not list it among the special tokens
         special_tokens.setdefault(eos_token, vocab[eos_token])
-    return Parts(vocab, merges, special_tokens, eos_token, chat_template)
+    return Parts(vocab, merges, special_tokens, eos_token, chat_template, shown - {eos_token})
 
 
 def write(folder: Path, parts: Parts) -> None:
@@ -72,7 +74,7 @@ def write(folder: Path, parts: Parts) -> None:
         write_atomically(folder / "chat_template.jinja", parts.chat_template.encode())
 
 
-def _read_whole(path: Path) -> tuple[dict[str, int], list[Pair], dict[str, int]]:
+def _read_whole(path: Path) -> tuple[dict[str, int], list[Pair], dict[str, int], frozenset[str]]:
     published = read_json(path)
     with _damage(path):
         known = _is_byte_level(published)
@@ -80,8 +82,11 @@ def _read_whole(path: Path) -> tuple[dict[str, int], list[Pair], dict[str, int]]
         raise ValueError(f"{path} must be a byte-level BPE as GPT-2's, this is another tokenizer")
     with _damage(path):
         model = published["model"]
-        special_tokens = {t["content"]: index(t["id"]) for t in published.get("added_tokens", [])}
-        return _ids(model["vocab"]), [_pair(pair) for pair in model["merges"]], special_tokens
+        added = published.get("added_tokens", [])
+        special_tokens = {t["content"]: index(t["id"]) for t in added}
+        shown = frozenset(t["content"] for t in added if not t["special"])
+        merges = [_pair(pair) for pair in model["merges"]]
+        return _ids(model["vocab"]), merges, special_tokens, shown
 
 
 def _is_byte_level(published: Mapping[str, Any]) -> bool:
@@ -145,7 +150,7 @@ def _whole(parts: Parts) -> dict[str, Any]:
         "truncation": None,
         "padding": None,
         "added_tokens": [
-            {"id": i, "content": text, **flags, "special": True}
+            {"id": i, "content": text, **flags, "special": text not in parts.shown}
             for text, i in parts.special_tokens.items()
         ],
         "normalizer": None,

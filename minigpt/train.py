@@ -19,6 +19,7 @@ import torch
 
 from minigpt import runs
 from minigpt.config import to_dict
+from minigpt.lora import LowRank
 from minigpt.model import GPT
 from minigpt.optimize import (
     Batch,
@@ -122,13 +123,19 @@ def _start(
 
 
 def _settings(model: GPT, batches: Callable[[int], Batch], config: TrainConfig) -> Record:
-    """What must be equal for a run to go on: numbers, model, trained parameters, data."""
+    """What must be equal for a run to go on: numbers, model, trained parameters, LoRA, data."""
     trained = {name: str(tuple(p.shape)) for name, p in model.named_parameters() if p.requires_grad}
+    adapters = {  # of these, A and B show the rank only
+        path.rpartition(".")[2]: asdict(layer.config)
+        for path, layer in model.named_modules()
+        if isinstance(layer, LowRank)
+    }
     first = batches(0)["input_ids"]
     return {
         **asdict(config),
         "model": to_dict(model.config),
         "trained": trained,
+        "adapters": adapters,
         "first batch": zlib.crc32(first.cpu().contiguous().numpy().tobytes()),
     }
 

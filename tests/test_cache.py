@@ -4,6 +4,8 @@ import pytest
 import torch
 from parity import Pair, check_window, in_pieces, windowed
 
+import hf_bridge
+import minigpt
 from minigpt.cache import ContextOverflow, FullCache, WindowCache
 
 PIECES = [(24,), (1,) * 24, (2, 1, 20, 1), (7, 7, 7, 3), (13, 1, 1, 9)]
@@ -64,7 +66,7 @@ def test_a_ring_that_has_turned_cannot_go_back(pair: Pair) -> None:
 
 
 @torch.no_grad()
-def test_an_interrupted_forward_leaves_the_cache_as_it_was(
+def test_an_interrupted_forward_leaves_a_full_cache_as_it_was(
     pair: Pair, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     ids = pair.ids(T=12)
@@ -79,6 +81,42 @@ def test_an_interrupted_forward_leaves_the_cache_as_it_was(
         pair.ours(pair.ids(T=4, seed=3), cache=cache)
     assert cache.length == 5
     torch.testing.assert_close(pair.ours(ids[:, 5:], cache=cache), pair.ours(ids)[:, 5:])
+
+
+@pytest.fixture(params=[None, 30], ids=["full", "ring"])
+def both(request: pytest.FixtureRequest, pair: Pair) -> list:
+    options = {"dtype": torch.float64, "sliding_window": request.param}
+    return [side.GPT.from_pretrained(pair.folder, **options) for side in (minigpt, hf_bridge)]
+
+
+@torch.no_grad()
+def test_a_cache_truncated_to_nothing_forgets_its_padding(pair: Pair, both: list) -> None:
+    ids = pair.ids(B=2, T=6)
+    mask = torch.tensor([[0, 0, 0, 1, 1, 1], [1, 1, 1, 1, 1, 1]])
+    for model in both:
+        cache = model.new_cache(2)
+        model(ids, attention_mask=mask, cache=cache)
+        assert cache.truncate(0)
+        torch.testing.assert_close(model(ids, cache=cache), model(ids))
+
+
+@torch.no_grad()
+def test_a_cache_takes_as_many_rows_as_it_was_made_for(pair: Pair, both: list) -> None:
+    for model in both:
+        for rows, B in ((2, 1), (1, 2)):
+            cache = model.new_cache(rows)
+            for _ in range(2):
+                with pytest.raises(
+                    ValueError, match=rf"as the cache, {rows}, got {B}: new_cache\({B}\) makes"
+                ):
+                    model(pair.ids(B=B, T=6), cache=cache)
+                model(pair.ids(B=rows, T=6), cache=cache)
+        cache, mask = model.new_cache(2), torch.tensor([[0, 0, 1, 1, 1, 1]])
+        with pytest.raises(ValueError, match="as many rows as the cache, 2, got 1"):
+            model(pair.ids(B=1, T=6), attention_mask=mask, cache=cache)
+        assert cache.padding is None
+        with pytest.raises(ValueError, match=r"batch_size .*must be at least 1, got 0"):
+            model.new_cache(0)
 
 
 def test_sinks_and_padding_do_not_share_a_ring(pair: Pair) -> None:

@@ -10,6 +10,7 @@ from hf_bridge import Tokenizer as BridgeTokenizer
 from hf_bridge import engine as bridge
 from minigpt import GPT, GPTConfig, Tokenizer
 from minigpt.engine import Engine, render_template, transcript
+from minigpt.tokenizer import train
 
 MESSAGES = [
     {"role": "system", "content": "Sé breve."},
@@ -56,6 +57,34 @@ def test_a_users_text_forges_no_special_token(engine: Engine, tmp_path: Path) ->
         honest, forged = ours.render([user("hi")]), ours.render([user(attack)])
         assert [i for i in forged if i in specials] == [i for i in honest if i in specials]
         assert attack in ours.tokenizer.decode(forged)
+
+
+@pytest.mark.parametrize(
+    "contents",
+    [
+        ["<<x>>"],
+        ["☃"],
+        ["<<<x>>☃<x>"],
+        ["a<", ">b"],  # the template puts <x> between them
+        ["<x>" + "".join(map(chr, range(0xE000, 0xF900)))],  # every private-use letter
+    ],
+    ids=["outer", "one letter", "run", "with the template", "private use"],
+)
+def test_special_tokens_within_one_another_or_of_one_letter_are_not_forged(
+    tmp_path: Path, contents: list[str]
+) -> None:
+    tokenizer = train([], vocab_size=259, special_tokens=["<x>", "<<x>>", "☃"])
+    tokenizer.chat_template = "{% for m in messages %}{{ m.content }}{{ eos_token }}{% endfor %}"
+    tokenizer.save_pretrained(tmp_path)
+    model = GPT(GPTConfig(vocab_size=259, n_positions=8, n_embd=8, n_head=2, n_layer=1))
+    for step in (
+        Engine(model, tokenizer, "x"),
+        bridge.Engine(model, BridgeTokenizer.from_pretrained(tmp_path), "x"),
+    ):
+        plain = [i for text in contents for i in (*step.encode(text), tokenizer.eos_token_id)]
+        assert step.render([user(text) for text in contents]) == plain
+        with pytest.raises(ValueError, match="must be valid Unicode"):
+            step.render([user("\ud800")])
 
 
 def user(text: str) -> dict[str, str]:
@@ -138,6 +167,28 @@ def test_what_cannot_be_is_refused_and_the_cache_survives(engine: Engine) -> Non
     model = GPT(GPTConfig(vocab_size=100, n_positions=8, n_embd=8, n_head=2, n_layer=1))
     with pytest.raises(ValueError, match="tokens do not fit the model's vocabulary of 100"):
         Engine(model, engine.tokenizer, "small")
+
+
+@pytest.mark.parametrize("kind", [Engine, bridge.Engine])
+@pytest.mark.parametrize("window", [None, 8, 60])
+def test_a_reply_that_failed_leaves_no_trace_in_the_next(
+    chat_model: Path, monkeypatch: pytest.MonkeyPatch, kind: type[Engine], window: int | None
+) -> None:
+    engine, fresh = (kind.from_pretrained(chat_model, sliding_window=window) for _ in range(2))
+    ids = engine.render([user("hola")])
+    ids += engine.stream(ids, max_new_tokens=4, temperature=0)
+    layers = dict(engine.model.named_modules())
+    mlp = next(layer for name, layer in layers.items() if name.endswith("h.0.mlp"))
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(mlp, "forward", interrupt)
+        list(engine.stream([*ids, *engine.encode("model")], max_new_tokens=4))
+    ids += engine.encode("q")
+    expected = list(fresh.stream(ids, max_new_tokens=20, temperature=0))
+    assert list(engine.stream(ids, max_new_tokens=20, temperature=0)) == expected
+
+
+def interrupt(*_: object) -> None:
+    raise KeyboardInterrupt
 
 
 def test_a_template_that_refuses_or_breaks_out_is_an_error() -> None:

@@ -13,7 +13,9 @@ from typing import ClassVar
 import pytest
 
 import hf_bridge.files
-from minigpt import WeightsError, files
+import hf_bridge.peft_files
+import minigpt.peft_files
+from minigpt import files
 from minigpt.files import read_json, resolve, write_atomically
 
 ROOT = Path(__file__).parent.parent
@@ -90,7 +92,7 @@ def hub(pair) -> Iterator[str]:
     files = {path.name: path.read_bytes() for path in pair.folder.iterdir()}
     weights = {"model.safetensors": files["model.safetensors"]}
     Hub.repositories = {
-        "org/whole": {**files, "pytorch_model.bin": b"never fetched"},
+        "org/whole": {**files, "tokenizer.json": b"{}", "pytorch_model.bin": b"never fetched"},
         "org/pickled": {"config.json": files["config.json"], "pytorch_model.bin": b"x"},
         "org/cut": {"config.json": files["config.json"], **weights},
     }
@@ -101,13 +103,21 @@ def hub(pair) -> Iterator[str]:
     server.server_close()
 
 
-def load(model: str, home: Path, hub: str | None) -> subprocess.CompletedProcess[str]:
+LOAD = """
+import sys; from minigpt import GPT
+try: print(GPT.from_pretrained(sys.argv[1]).config.n_layer)
+except (ValueError, OSError) as error: print(type(error).__name__, error)
+"""
+RESOLVE = """
+import sys; from {side}.files import resolve
+print(*sorted(path.name for path in resolve(sys.argv[1]).iterdir()))
+"""
+
+
+def load(
+    model: str, home: Path, hub: str | None, code: str = LOAD
+) -> subprocess.CompletedProcess[str]:
     """Load a model in a process of its own, with this hub (None: offline) and cache."""
-    code = (
-        "import sys; from minigpt import GPT\n"
-        "try: print(GPT.from_pretrained(sys.argv[1]).config.n_layer)\n"
-        "except (ValueError, OSError) as error: print(type(error).__name__, error)"
-    )
     environment = {k: v for k, v in os.environ.items() if not k.startswith("HF_")}
     environment |= {
         "HF_HOME": str(home),
@@ -136,6 +146,29 @@ def test_a_model_is_downloaded_once_and_nothing_that_could_run_code(
     assert load("org/whole", tmp_path, hub).stdout == "3\n"
     assert not [request for request in Hub.requests if "/resolve/" in request]
     assert load("org/whole", tmp_path, None).stdout == "3\n"  # offline too
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("side", ["minigpt", "hf_bridge"])
+def test_a_cached_model_is_completed_by_its_tokenizer_or_taken_as_it_is(
+    hub: str, tmp_path: Path, side: str
+) -> None:
+    snapshot = tmp_path / "hub/models--org--whole/snapshots" / COMMIT  # as transformers leaves it
+    snapshot.mkdir(parents=True)
+    for name in ("config.json", "model.safetensors"):
+        (snapshot / name).write_bytes(Hub.repositories["org/whole"][name])
+    (snapshot.parents[1] / "refs").mkdir()
+    (snapshot.parents[1] / "refs/main").write_text(COMMIT)
+    code = RESOLVE.format(side=side)
+    for reach, names in (
+        (None, "config.json model.safetensors\n"),
+        (hub, "config.json generation_config.json model.safetensors tokenizer.json\n"),
+    ):
+        done = load("org/whole", tmp_path, reach, code)
+        assert done.stdout == names, done.stderr
+    Hub.requests.clear()
+    assert load("org/whole", tmp_path, hub, code).stdout == names
+    assert not Hub.requests
 
 
 @pytest.mark.slow
@@ -173,6 +206,7 @@ def test_offline_and_not_cached_says_what_to_do(tmp_path: Path) -> None:
     ("name", "message"),
     [
         ("./nowhere", r"no directory './nowhere': check the path"),
+        ("~nobody-here/x", "no directory '~nobody-here/x': check the path"),
         ("/no/such/place", "no directory '/no/such/place': check the path"),
         ("a/b/c", "no directory 'a/b/c': check the path"),
         ("", "no directory '': check the path"),
@@ -181,8 +215,16 @@ def test_offline_and_not_cached_says_what_to_do(tmp_path: Path) -> None:
     ],
 )
 def test_a_path_that_is_none_is_never_taken_for_a_hub_id(name: str, message: str) -> None:
-    with pytest.raises(WeightsError, match=message):
-        resolve(name)
+    for step in (files, hf_bridge.files):
+        with pytest.raises(step.WeightsError, match=message):
+            step.resolve(name)
+
+
+@pytest.mark.parametrize("side", [minigpt, hf_bridge], ids=["minigpt", "hf_bridge"])
+def test_an_adapters_base_may_lie_with_a_user_unknown_here(side) -> None:
+    side.peft_files.check_base(Path("x"), "~nobody-here/gpt2", "org/gpt2")
+    with pytest.raises(ValueError, match="made for the base '~nobody-here/a', not 'gpt2'"):
+        side.peft_files.check_base(Path("x"), "~nobody-here/a", "gpt2")
 
 
 def test_a_directory_is_itself(tmp_path: Path) -> None:

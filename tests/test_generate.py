@@ -1,11 +1,15 @@
 """Step 9: the tokens of transformers' generate, one row or many, at once or as a stream."""
 
 import itertools
+import re
+from types import ModuleType
 
 import pytest
 import torch
 from parity import Pair, check_sampled, windowed
 
+import hf_bridge
+import minigpt
 from minigpt import ContextOverflow, generate, stream
 
 OPTIONS = list(itertools.product((0.7, 1.0, 1.6), (0, 12), (1.0, 0.8), (0.0, 0.05), (1.0, 1.3)))
@@ -162,6 +166,21 @@ def test_what_cannot_be_is_refused_before_any_forward(
     for function in (generate, stream):
         with pytest.raises(error, match=message):
             function(pair.ours, pair.ids(T=length), **options)
+
+
+@pytest.mark.parametrize("side", [minigpt, hf_bridge])
+@pytest.mark.parametrize("shape", [(1, 6), (2, 3), (2, 9), (6,)])
+def test_a_mask_of_another_shape_is_refused_as_the_model_refuses_it(
+    pair: Pair, side: ModuleType, shape: tuple[int, ...]
+) -> None:
+    model, ids = side.GPT.from_pretrained(pair.folder), pair.ids(B=2, T=6)
+    mask = torch.ones(shape, dtype=torch.int64)
+    mask[..., 0] = 0
+    message = re.escape(f"attention_mask must have the shape of ids, (2, 6), got {shape}")
+    with pytest.raises(ValueError, match=message):
+        model(ids, attention_mask=mask)
+    with pytest.raises(ValueError, match=message):
+        side.generate(model, ids, attention_mask=mask, max_new_tokens=2)
 
 
 def test_a_stream_of_a_batch_and_a_full_cache_are_refused(pair: Pair) -> None:

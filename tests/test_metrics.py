@@ -154,6 +154,24 @@ def test_agreement_is_the_share_of_equal_first_choices():
 
 
 @BOTH
+def test_nan_agrees_with_nothing_and_is_no_distance(side):
+    known = torch.tensor([[0.0, 1.0], [1.0, 0.0]])
+    broken = known.clone()
+    broken[1, 0] = math.nan
+    for p, q in ((known, broken), (broken, known), (broken, broken)):
+        assert side.top1_agreement(p, q) == 0.5
+        assert math.isnan(side.kl_divergence(p, q))
+
+
+@BOTH
+def test_kl_is_infinite_only_where_q_rules_out_what_p_may_say(side):
+    half, sure = torch.tensor([[0.0, 0.0]]), torch.tensor([[0.0, -math.inf]])
+    assert side.kl_divergence(half, sure) == math.inf
+    assert side.kl_divergence(sure, half) == pytest.approx(math.log(2))
+    assert side.kl_divergence(sure, sure) == 0
+
+
+@BOTH
 @pytest.mark.parametrize("name", ["kl_divergence", "top1_agreement"])
 def test_logits_of_two_shapes_are_not_compared(side, name):
     with pytest.raises(ValueError, match=r"must have one shape, got \(2, 3\) and \(3, 2\)"):

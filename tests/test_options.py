@@ -1,5 +1,6 @@
 """What is asked of train, finetune and eval but cannot be: one line before anything long begins."""
 
+import ast
 import json
 import resource
 from dataclasses import replace
@@ -283,3 +284,24 @@ def test_a_full_disk_leaves_no_half_picture(side, tmp_path):
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert contents(tmp_path) == before
+
+
+@pytest.mark.parametrize("words", [["--", "--top_p"], ["--top_p is an option"], ["--", "--a_b=c"]])
+def test_only_flags_are_spelled_with_dashes_never_a_text(words, trained, capsys):
+    assert run("tokenize", "--model", trained, *words) == 0
+    *rows, _ = capsys.readouterr().out.splitlines()
+    text = "".join(ast.literal_eval(row.split(maxsplit=1)[1]) for row in rows)
+    assert text == words[-1]
+
+
+def test_a_model_is_never_quantized_over_another(trained, tmp_path, capsys):
+    other = tmp_path / "other"
+    GPT.from_pretrained(trained).save_pretrained(other)
+    before = contents(other)
+    for output in (other, trained):
+        assert run("quantize", "--model", trained, "--output", output, "--bits", 8) == 2
+        assert capsys.readouterr().err == (
+            "quantize: --output must be another directory than --model or any other model's, "
+            f"{output} holds one: nothing is overwritten\n"
+        )
+    assert contents(other) == before

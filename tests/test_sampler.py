@@ -8,6 +8,8 @@ import torch
 from parity import check_processed
 from transformers import MinPLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
+import hf_bridge
+import minigpt
 from minigpt.sampler import Sampler, keep_min_p, keep_top_k, keep_top_p
 
 
@@ -96,3 +98,19 @@ def test_the_global_generator_is_left_alone() -> None:
 def test_an_option_outside_its_range_is_refused(options: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         Sampler(**options)
+
+
+@pytest.mark.parametrize("side", [minigpt, hf_bridge], ids=["minigpt", "hf_bridge"])
+@pytest.mark.parametrize("temperature", [0, 1])
+def test_scores_that_are_no_numbers_choose_no_word(pair, side, temperature: float) -> None:
+    sampler = side.sampler.Sampler(temperature=temperature, top_k=5, top_p=0.9, min_p=0.1)
+    for bad in (math.nan, math.inf):
+        scores = logits("random").index_fill(1, torch.tensor([3]), bad)
+        with pytest.raises(FloatingPointError, match="scores are not finite: its weights hold NaN"):
+            sampler.sample(scores)
+    some = torch.tensor([[-math.inf, 1.0]])  # a word that is ruled out is none of it
+    assert sampler.sample(some).tolist() == [1]
+    model = side.GPT.from_pretrained(pair.folder)
+    next(p for name, p in model.named_parameters() if "ln_f" in name).data.fill_(math.nan)
+    with pytest.raises(FloatingPointError, match="or their dtype overflows: load it in float32"):
+        next(side.stream(model, pair.ids(T=4), max_new_tokens=2, temperature=temperature))

@@ -7,8 +7,11 @@ from pathlib import Path
 
 import pytest
 from tokenizers import ByteLevelBPETokenizer
+from tokenizers.processors import TemplateProcessing
 from transformers import AutoTokenizer, GPT2Tokenizer
 
+import hf_bridge.tokenizer
+import minigpt.tokenizer
 from hf_bridge import Tokenizer as BridgeTokenizer
 from minigpt import Tokenizer
 from minigpt.tokenizer import StreamDecoder, train
@@ -250,6 +253,54 @@ def test_an_end_token_that_is_only_named_is_special(
     assert read.eos_token_id not in read.encode("<|endoftext|>")
     with pytest.raises(ValueError, match="eos_token must be one of the special tokens, got 'x'"):
         side(ours.vocab, ours.merges, eos_token="x")
+
+
+BOTH = pytest.mark.parametrize(
+    "step", [minigpt.tokenizer, hf_bridge.tokenizer], ids=["minigpt", "hf_bridge"]
+)
+
+
+@BOTH
+def test_no_text_becomes_an_added_token_and_those_that_are_not_special_are_shown(
+    ours: Tokenizer, saved: Path, tmp_path: Path, step
+) -> None:
+    theirs = GPT2Tokenizer.from_pretrained(saved)
+    theirs.add_tokens(["<think>"])
+    theirs.backend_tokenizer.post_processor = TemplateProcessing(
+        single="<|endoftext|> $A", special_tokens=[("<|endoftext|>", 0)]
+    )
+    theirs.save_pretrained(tmp_path / "theirs")
+    think, text = len(ours), "a<think>b<|endoftext|>"
+    a, b = ours.encode("a")[0], ours.encode("b")[0]
+    for name in ("theirs", "again"):
+        read = step.Tokenizer.from_pretrained(tmp_path / name)
+        assert read.special_tokens == {"<|endoftext|>": 0, "<think>": think}
+        assert read.encode(text) == ours.encode(text)
+        ids = read.encode(text, allow_special=True)
+        assert ids == [a, think, b, 0]
+        assert read.decode(ids) == text
+        assert read.decode(ids, skip_special_tokens=True) == "a<think>b"
+        decoder = step.StreamDecoder(read, skip_special_tokens=True)
+        assert "".join(map(decoder.feed, ids)) + decoder.flush() == "a<think>b"
+        read.save_pretrained(tmp_path / "again")
+
+
+@BOTH
+def test_special_tokens_share_no_id(step) -> None:
+    texts = ["día tras día"] * 3
+    for special_tokens in (["<|e|>", "<|e|>"], ["A"], [""]):
+        with pytest.raises(ValueError, match="must be distinct, not empty and no byte's letter"):
+            step.train(texts, vocab_size=300, special_tokens=special_tokens)
+    vocab = train([], vocab_size=256).vocab
+    specials = {"<|b|>": 256, "<|a|>": 257}
+    made = step.Tokenizer(vocab, [], specials, eos_token="<|a|>", shown=["<|b|>"])
+    assert (made.special_tokens, made.eos_token_id) == (specials, 257)
+    assert made.decode([256, 257], skip_special_tokens=True) == "<|b|>"
+
+
+def test_the_bridge_refuses_ids_that_its_library_would_change(ours: Tokenizer) -> None:
+    with pytest.raises(ValueError, match=r"or have the ids that follow it, got {'<\|b\|>': 999}"):
+        BridgeTokenizer(ours.vocab, ours.merges, {"<|b|>": 999})
 
 
 def test_of_several_templates_the_default_is_read(ours: Tokenizer, tmp_path: Path) -> None:

@@ -12,9 +12,10 @@ from torch import Tensor
 from torch.nn.utils import clip_grad_norm_
 from transformers import get_cosine_with_min_lr_schedule_with_warmup
 
+import hf_bridge.optimize
 import hf_bridge.train
 from hf_bridge.model import GPT as HF
-from minigpt import GPT, GPTConfig, optimize
+from minigpt import GPT, GPTConfig, lora, optimize
 from minigpt import train as train_step
 from minigpt.optimize import (
     TrainConfig,
@@ -208,20 +209,53 @@ def test_four_batches_of_two_are_one_batch_of_eight():
     assert (weights(one) - weights(four)).abs().max() <= 1e-10
 
 
-def test_the_loss_of_padded_rows_is_the_sum_of_the_rows_alone_on_either_side():
-    model = new_model().double().eval()
+SIDES = {"minigpt": (optimize, GPT), "hf_bridge": (hf_bridge.optimize, HF)}
+
+
+def opened(side: str, folder: Path) -> tuple:
+    """A side's step, and a float64 model with the same weights on either side."""
+    new_model().double().save_pretrained(folder)
+    step, kind = SIDES[side]
+    return step, kind.from_pretrained(folder)
+
+
+@pytest.mark.parametrize("side", SIDES)
+def test_the_loss_of_rows_padded_left_or_right_is_the_sum_of_the_rows_alone(side, tmp_path):
+    step, model = opened(side, tmp_path)
     rows = [torch.tensor([[5, 6, 7, 8, 9]]), torch.tensor([[3, 4, 2]])]
-    alone = sum(summed_loss(model, {"input_ids": row, "labels": row}).item() for row in rows)
-    for side in ("right", "left"):
-        pad = (0, 2) if side == "right" else (2, 0)
+    alone = sum(step.summed_loss(model, {"input_ids": r, "labels": r}).item() for r in rows)
+    for pad in ((0, 2), (2, 0)):
         wide = [rows[0], torch.nn.functional.pad(rows[1], pad)]
         mask = torch.cat([torch.ones(1, 5), torch.nn.functional.pad(torch.ones(1, 3), pad)])
         ids = torch.cat(wide)
         labels = ids.masked_fill(mask == 0, -100)
-        if side == "left":
+        if pad == (2, 0):
             labels[1, 2] = -100  # nothing stands before a row's first token
         batch = {"input_ids": ids, "labels": labels, "attention_mask": mask.long()}
-        assert summed_loss(model, batch).item() == pytest.approx(alone, abs=1e-10)
+        assert step.summed_loss(model, batch).item() == pytest.approx(alone, abs=1e-10)
+
+
+def test_both_learn_the_same_from_rows_padded_on_the_left(tmp_path):
+    def flipped(i):
+        batch = {name: tensor.flip(1) for name, tensor in batches(i).items()}
+        first = batch["attention_mask"].argmax(dim=1, keepdim=True)
+        return {**batch, "labels": batch["labels"].scatter(1, first, -100)}
+
+    _, ours = opened("minigpt", tmp_path)
+    _, theirs = opened("hf_bridge", tmp_path)
+    config = hf_bridge.train.TrainConfig(**dataclasses.asdict(CONFIG))
+    records = train(ours, flipped, CONFIG, progress=False)
+    others = hf_bridge.train.train(theirs, flipped, config, progress=False)
+    assert differences(records, others) <= EXACT
+
+
+@pytest.mark.parametrize("side", SIDES)
+@pytest.mark.parametrize("hole", [[1, 0, 1, 1], [0, 1, 0, 1], [0, 1, 1, 0]], ids=str)
+def test_a_mask_with_a_hole_has_no_loss(side, hole, tmp_path):
+    step, model = opened(side, tmp_path)
+    ids, mask = torch.tensor([[5, 6, 7, 8]] * 2), torch.tensor([[1, 1, 1, 1], hole])
+    with pytest.raises(ValueError, match="attention_mask must be 0s, then 1s, in each row"):
+        step.summed_loss(model, {"input_ids": ids, "labels": ids, "attention_mask": mask})
 
 
 def test_our_schedule_is_transformers_cosine_with_a_floor():
@@ -427,6 +461,29 @@ def test_a_checkpoint_of_another_run_is_refused(finished, model, provider, chang
             progress=False,
         )
     assert find_checkpoint(finished) == finished / "checkpoint-2"
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"alpha": 8}, "alpha is 4 there, 8 here"),
+        ({"dropout": 0.1}, "dropout is 0.0 there, 0.1 here"),
+        ({"rslora": True}, "rslora is False there, True here"),
+        ({"qkv": "qk"}, "qkv is qv there, qk here"),
+    ],
+)
+def test_a_run_does_not_go_on_with_another_adapter(changes, message, tmp_path):
+    def adapted(**changes):
+        model = new_model()
+        lora.adapt(model, **{"rank": 2, "alpha": 4, "qkv": "qv", **changes})
+        return model
+
+    config = TrainConfig(max_steps=1, save_steps=1)
+    options = {"output_dir": tmp_path, "progress": False}
+    train(adapted(), batches, config, **options)
+    train(adapted(), batches, config, resume_from_checkpoint=True, **options)
+    with pytest.raises(ValueError, match=f"of another run: adapters.default.{message}"):
+        train(adapted(**changes), batches, config, resume_from_checkpoint=True, **options)
 
 
 def test_a_new_run_does_not_overwrite_an_old_one(finished):

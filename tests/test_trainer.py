@@ -199,7 +199,10 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     [
         ({"config": {"adam_beta1": 0.8}}, "adam_beta1 is 0.9 there, 0.8 here"),
         ({"model": {"n_head": 4}}, "model.n_head is 2 there, 4 here"),
-        ({"lora": {"alpha": 8}}, "default.alpha is 4 there, 8 here"),
+        ({"lora": {"alpha": 8}}, "default.lora_alpha is 4 there, 8 here"),
+        ({"lora": {"dropout": 0.1}}, "default.lora_dropout is 0.0 there, 0.1 here"),
+        ({"lora": {"rslora": True}}, "default.use_rslora is False there, True here"),
+        ({"lora": {"qkv": "qv"}}, "default.qkv is qkv there, qv here"),
         ({"lora": {"rank": 3}}, r"lora_A.default.weight is \(2, 16\) there, \(3, 16\) here"),
         ({"provider": lambda i: batches(i + 1)}, r"first batch is \d+ there, \d+ here"),
     ],

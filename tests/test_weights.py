@@ -11,6 +11,7 @@ from parity import Pair, assert_close, new_pair, small_config
 from safetensors.torch import load_file, save_file
 from transformers import GPT2LMHeadModel
 
+import hf_bridge
 from minigpt import GPT, WeightsError
 
 FORMAT = {"format": "pt"}
@@ -171,6 +172,14 @@ def test_damage_is_named(folder: Path, damage, message: str) -> None:
     damage(folder)
     with pytest.raises(WeightsError, match=message):
         GPT.from_pretrained(folder)
+
+
+@pytest.mark.parametrize("side", [GPT, hf_bridge.GPT], ids=["minigpt", "hf_bridge"])
+def test_codes_are_no_weights_whatever_dtype_is_asked_for(folder: Path, side: type) -> None:
+    integers(folder)
+    for dtype in (None, torch.float32, torch.bfloat16):
+        with pytest.raises(ValueError, match="that are no floats: h"):
+            side.from_pretrained(folder, dtype=dtype)
 
 
 def test_a_failed_save_leaves_the_old_checkpoint(
