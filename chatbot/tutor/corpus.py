@@ -251,9 +251,9 @@ class Conversations:
 
     @staticmethod
     def _line(random: Random, lines: list[str]) -> str:
-        """Any of the lines; in a quarter of all cases a short one, as most people talk."""
+        """Any of the lines, but oftener a short one, as most people talk."""
         short = [line for line in lines if len(line.split()) <= PLAIN]
-        return random.choice(short if short and random.random() < 0.25 else lines)
+        return random.choice(short if short and random.random() < 0.4 else lines)
 
     def _fact(self, random: Random) -> str:
         return "name" if random.random() < 0.35 else random.choice(list(self.dialogues.memory))
