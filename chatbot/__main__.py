@@ -21,8 +21,7 @@ from chatbot.texts import LANGUAGES, ChatError, say
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the chat: 0; 2 for what the user gave, 1 for a failed system, 130 after Ctrl-C."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
-    end = arguments.index("--") if "--" in arguments else len(arguments)  # what follows is text
-    options = parser().parse_args([*map(_dashes, arguments[:end]), *arguments[end:]])
+    options = parser().parse_args(list(map(_dashed, arguments)))
     language = options.lang or _system_language()
     try:
         return _chat(options, language)
@@ -144,8 +143,8 @@ def _flag(name: str) -> str:
     return "--" + name.replace("_", "-")
 
 
-def _dashes(argument: str) -> str:
-    """--top_p is --top-p: hands know both spellings."""
+def _dashed(argument: str) -> str:
+    """Hands know both spellings of a flag: --top_p and --top-p, --top_p=1 too."""
     name, equals, value = argument.partition("=")
     flag = name.startswith("--") and " " not in name
     return name.replace("_", "-") + equals + value if flag else argument

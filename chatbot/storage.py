@@ -29,7 +29,8 @@ def load(conversation: Conversation, path: Path) -> int:
         content = json.loads(path.read_text(encoding="utf-8"))
         system = content["system"]
         turns = [Turn(turn["user"], turn["assistant"]) for turn in content["turns"]]
-        for text in (system, *(text for turn in turns for text in (turn.user, turn.assistant))):
+        said = [text for turn in turns for text in (turn.user, turn.assistant)]
+        for text in (system, *said):
             if not isinstance(text, str):
                 raise TypeError("text expected")
             text.encode()  # a lone surrogate is none

@@ -61,8 +61,8 @@ class Terminal:
                 self.answer(text)
             except ChatError as error:
                 self.line(error.text(self.language))
-            except (ValueError, ArithmeticError, RuntimeError) as error:  # of the model: what was
-                self.line(str(error))  # said so far can still be saved
+            except (ValueError, ArithmeticError, RuntimeError) as error:
+                self.line(str(error))  # of the model; what was said so far can still be saved
             except EOFError:
                 self.note("bye")
                 return 0

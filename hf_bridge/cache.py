@@ -47,15 +47,8 @@ class _Counted(HFCache):
         held = [layer for layer in self.layers if layer.is_initialized]
         return sum(layer.keys.nbytes + layer.values.nbytes for layer in held)
 
-    def update(
-        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args, **kwargs
-    ) -> tuple[Tensor, Tensor]:
-        """The library's, which would take any number of rows the first time."""
-        self.check_rows(len(key_states))
-        return super().update(key_states, value_states, layer_idx, *args, **kwargs)
-
     def check_rows(self, B: int) -> None:
-        """Raise ValueError for ids of another number of rows."""
+        """Raise ValueError for ids of another number of rows, of which the library takes any."""
         if self.batch_size != B:
             raise ValueError(
                 f"ids must have as many rows as the cache, {self.batch_size}, got {B}: "

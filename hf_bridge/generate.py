@@ -89,6 +89,7 @@ def _options(
         raise ContextOverflow(T + max_new_tokens, model.config.n_positions)
     padding = None if attention_mask is None else left_padding(attention_mask)
     cache = model.new_cache(B, capacity=T + max_new_tokens) if cache is None else cache
+    cache.check_rows(B)
     if padding is not None:
         cache.pad(padding)
     if cache.length >= T:

@@ -52,17 +52,7 @@ def make(options: argparse.Namespace) -> None:
     """
     if options.device == "cuda" and not torch.cuda.is_available():
         raise ValueError("--device cuda: torch finds no such GPU here, use cpu")
-    config = TrainConfig(
-        max_steps=options.steps,
-        learning_rate=2e-3,
-        min_lr_rate=0.01,
-        warmup_steps=min(200, options.steps // 10),
-        weight_decay=0.1,
-        eval_steps=250,
-        save_steps=500,
-        bf16=options.device != "cpu",  # a CPU without matrix units computes float32 faster
-        seed=options.seed,
-    )
+    config = training_config(options)
     dialogues = corpus.read()
     print(
         f"{len(dialogues.topics)} topics; learning a tokenizer of {VOCAB_SIZE} tokens", flush=True
@@ -112,6 +102,21 @@ def parser() -> argparse.ArgumentParser:
     flags.add_argument("--runs", type=Path, default=Path("runs/tutor"), help="log and best model")
     flags.add_argument("--debug", action="store_true", help="show the traceback of an error")
     return flags
+
+
+def training_config(options: argparse.Namespace) -> TrainConfig:
+    """How the loop trains; ValueError for steps or a seed that cannot be."""
+    return TrainConfig(
+        max_steps=options.steps,
+        learning_rate=2e-3,
+        min_lr_rate=0.01,
+        warmup_steps=min(200, options.steps // 10),
+        weight_decay=0.1,
+        eval_steps=250,
+        save_steps=500,
+        bf16=options.device != "cpu",  # a CPU without matrix units computes float32 faster
+        seed=options.seed,
+    )
 
 
 def new_model(tokenizer: Tokenizer, seed: int) -> GPT:

@@ -107,9 +107,11 @@ class Conversations:
         self.dialogues = dialogues
         self.topics = list(dialogues.topics)
         self.plain = {  # what everybody asks first: "What is {term}?"
-            language: [frame for frame in frames if len(frame.split()) <= PLAIN]
-            for language in LANGUAGES
-            for frames in [dialogues.carriers[f"{language} named"]]
+            language: plain(dialogues.carriers[f"{language} named"]) for language in LANGUAGES
+        }
+        self.plain_memory = {
+            fact: {name: plain(lines) for name, lines in section.items()}
+            for fact, section in dialogues.memory.items()
         }
 
     def messages(self, random: Random, turns: int) -> list[Message]:
@@ -237,23 +239,23 @@ class Conversations:
         if random.random() < 0.25:
             value = value.lower()
         state.facts[fact] = value
-        frame = relax(random, self._line(random, section[f"{language} tell"]), 0.4)
+        frame = relax(random, self._memory(random, fact, f"{language} tell"), 0.4)
         return frame.replace("{value}", value), self._say(section, language, "ack", value)
 
     def _ask(self, random: Random, state: "_State", style: str) -> tuple[str, str]:
         told = list(state.facts)
         fact = random.choice(told) if told and random.random() < 0.9 else self._fact(random)
         section, language = self.dialogues.memory[fact], state.language
-        user = self._dress(random, self._line(random, section[f"{language} ask"]), language)
+        user = self._dress(random, self._memory(random, fact, f"{language} ask"), language)
         if fact in state.facts:
             return user, self._say(section, language, "recall", state.facts[fact])
         return user, section[f"{language} unknown"][0]
 
-    @staticmethod
-    def _line(random: Random, lines: list[str]) -> str:
-        """Any of the lines, but oftener a short one, as most people talk."""
-        short = [line for line in lines if len(line.split()) <= PLAIN]
-        return random.choice(short if short and random.random() < 0.4 else lines)
+    def _memory(self, random: Random, fact: str, name: str) -> str:
+        """Any line of a fact's section, but oftener a short one, as most people talk."""
+        short = self.plain_memory[fact][name]
+        lines = short if short and random.random() < 0.4 else self.dialogues.memory[fact][name]
+        return random.choice(lines)
 
     def _fact(self, random: Random) -> str:
         return "name" if random.random() < 0.35 else random.choice(list(self.dialogues.memory))
@@ -280,6 +282,11 @@ class _State:
 
     def __init__(self, language: str):
         self.language, self.topic, self.facts = language, None, {}
+
+
+def plain(lines: Sequence[str]) -> list[str]:
+    """The short ones."""
+    return [line for line in lines if len(line.split()) <= PLAIN]
 
 
 def lines_by_subject(dialogues: Dialogues) -> dict[str, list[str]]:
