@@ -11,6 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from safetensors import safe_open
+from safetensors.torch import load_file
 from transformers import AutoTokenizer, GPT2LMHeadModel
 
 from bench.held_out import DIALOGUES, FOLDER, Seen, read_cases, words_of
@@ -28,7 +29,7 @@ from chatbot.tutor.corpus import (
 from chatbot.tutor.embeddings import learn_embeddings
 from chatbot.tutor.rows import DECIDED, DECIDED_LATER, EXCHANGES, Rows
 from chatbot.tutor.start import start_copying, start_embeddings
-from minigpt import Tokenizer
+from minigpt import GPT, GPTConfig, Tokenizer
 from minigpt.train import TrainConfig
 
 # Whoever changes a held-out file changes what the tutor's scores mean: not by accident.
@@ -446,9 +447,24 @@ def test_a_tutor_that_broke_off_ends_as_if_it_had_not(
     assert open_engine("minigpt", tmp_path / "broken").render([{"role": "user", "content": "Hola"}])
 
 
+@pytest.mark.slow
+def test_a_training_goes_on_from_a_tutor(tmp_path: Path) -> None:
+    flags = f"--start {TUTOR} --steps 1 --device cpu --runs {tmp_path / 'runs'}"
+    assert training.main([*flags.split(), "--output", str(tmp_path / "more")]) == 0
+    before, after = (
+        load_file(folder / "model.safetensors") for folder in (TUTOR, tmp_path / "more")
+    )
+    assert before.keys() == after.keys()
+    assert all(torch.allclose(before[name], after[name], atol=2e-3) for name in before)
+    assert not all(torch.equal(before[name], after[name]) for name in before)
+    tokenizers = [(folder / "tokenizer.json").read_bytes() for folder in (TUTOR, tmp_path / "more")]
+    assert tokenizers[0] == tokenizers[1]
+
+
 @pytest.mark.parametrize(
     ("flags", "message"),
     [("--steps 0", "max_steps must be at least 1"), ("--seed -1", "seed must be")]
+    + [("--start no/such/tutor", "no/such/tutor")]
     + [("--device cuda", "torch finds no such GPU here, use cpu")]
     * (not torch.cuda.is_available()),
 )
@@ -459,6 +475,16 @@ def test_what_is_wrong_with_a_training_is_said_in_one_line_before_it(
     out, err = capsys.readouterr()
     assert (out, err.count("\n")) == ("", 1)
     assert err.startswith("tutor: ") and message in err
+
+
+def test_a_model_that_is_no_tutor_is_refused_as_a_start(tmp_path: Path) -> None:
+    tokenizer = training.train_tokenizer(["no roles"], vocab_size=260, special_tokens=("<|end|>",))
+    tokenizer.save_pretrained(tmp_path)
+    GPT(GPTConfig(vocab_size=260, n_positions=512, n_embd=4, n_layer=1, n_head=1)).save_pretrained(
+        tmp_path
+    )
+    with pytest.raises(ValueError, match=r"has the special tokens .*<\|assistant\|> and"):
+        training.read_tutor(str(tmp_path))
 
 
 def test_a_training_says_in_the_card_where_the_weights_are_from(tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from chatbot.tutor import corpus
 from chatbot.tutor.embeddings import learn_embeddings
-from chatbot.tutor.rows import STEPS, Rows
+from chatbot.tutor.rows import AGAIN, PHASES, STEPS, STEPS_AGAIN, Rows
 from chatbot.tutor.start import head_size, start_copying, start_embeddings
 from minigpt import GPT, GPTConfig, Tokenizer
 from minigpt.files import write_json
@@ -52,27 +52,27 @@ def make(options: argparse.Namespace) -> None:
     """
     if options.device == "cuda" and not torch.cuda.is_available():
         raise ValueError("--device cuda: torch finds no such GPU here, use cpu")
+    again = options.start is not None
+    if options.steps is None:
+        options.steps = STEPS_AGAIN if again else STEPS
     config = training_config(options)
     dialogues = corpus.read()
-    print(
-        f"{len(dialogues.topics)} topics; learning a tokenizer of {VOCAB_SIZE} tokens", flush=True
-    )
-    tokenizer = train_tokenizer(
-        corpus.texts(dialogues), vocab_size=VOCAB_SIZE, special_tokens=corpus.SPECIAL_TOKENS
-    )
-    tokenizer.chat_template = corpus.CHAT_TEMPLATE
     broken_off = find_checkpoint(options.runs)
-    model = new_model(tokenizer, options.seed)
-    if broken_off is None:
-        width = model.config.n_embd - head_size(model)
-        steps = min(1000, options.steps // 10)
-        tokens = learn_embeddings(dialogues, tokenizer, width=width, steps=steps, seed=options.seed)
-        start_embeddings(model, tokens)
-        start_copying(model, torch.Generator().manual_seed(options.seed))
+    if again:
+        model, tokenizer = read_tutor(options.start)
+    else:
+        tokenizer = new_tokenizer(dialogues)
+        model = new_model(tokenizer, options.seed)
+        if broken_off is None:
+            steps = min(1000, options.steps // 10)
+            start_weights(model, tokenizer, dialogues, steps=steps, seed=options.seed)
     model.to(options.device)
     conversations = corpus.Conversations(dialogues)
-    rows = Rows(conversations, tokenizer, seed=options.seed, steps=options.steps)
-    others = Rows(conversations, tokenizer, seed=options.seed + 1)
+    phases = AGAIN if again else PHASES
+    rows, others = (
+        Rows(conversations, tokenizer, seed=seed, steps=options.steps, phases=phases)
+        for seed in (options.seed, options.seed + 1)
+    )
     if broken_off is not None:
         print(f"going on from {broken_off} (delete {options.runs} to begin anew)", flush=True)
     history = train(
@@ -85,7 +85,9 @@ def make(options: argparse.Namespace) -> None:
     )
     save(model, tokenizer, options.output)
     draw_curve(history, options.output / "loss.png")
-    tell_card(options.output / "README.md", f"--steps {options.steps} --seed {options.seed}")
+    start = f"--start {options.start} " if again else ""
+    flags = f"{start}--steps {options.steps} --seed {options.seed}"
+    tell_card(options.output / "README.md", flags)
     if (done := find_checkpoint(options.runs)) is not None:
         shutil.rmtree(done)  # the next run is a new one
     print(f"wrote {options.output}")
@@ -94,7 +96,11 @@ def make(options: argparse.Namespace) -> None:
 def parser() -> argparse.ArgumentParser:
     """The flags; the card says how the weights in the repository differ from the defaults'."""
     flags = argparse.ArgumentParser(prog="python -m chatbot.tutor", description="Train the tutor.")
-    flags.add_argument("--steps", type=int, default=STEPS, help="of about 4,096 tokens")
+    steps = f"of about 4,096 tokens; default {STEPS}, or {STEPS_AGAIN} with --start"
+    flags.add_argument("--steps", type=int, help=steps)
+    flags.add_argument(
+        "--start", metavar="TUTOR", help="go on from a tutor, after the dialogues grew"
+    )
     flags.add_argument("--seed", type=int, default=0)
     default = "cuda" if torch.cuda.is_available() else "cpu"
     flags.add_argument("--device", choices=("cpu", "cuda"), default=default)
@@ -108,7 +114,7 @@ def training_config(options: argparse.Namespace) -> TrainConfig:
     """How the loop trains; ValueError for steps or a seed that cannot be."""
     return TrainConfig(
         max_steps=options.steps,
-        learning_rate=2e-3,
+        learning_rate=2e-3 if options.start is None else 1e-3,  # more undoes what is learned
         min_lr_rate=0.01,
         warmup_steps=min(200, options.steps // 10),
         weight_decay=0.1,
@@ -119,13 +125,48 @@ def training_config(options: argparse.Namespace) -> TrainConfig:
     )
 
 
+def new_tokenizer(dialogues: corpus.Dialogues) -> Tokenizer:
+    """Learned from every line of the dialogues."""
+    print(
+        f"{len(dialogues.topics)} topics; learning a tokenizer of {VOCAB_SIZE} tokens", flush=True
+    )
+    tokenizer = train_tokenizer(
+        corpus.texts(dialogues), vocab_size=VOCAB_SIZE, special_tokens=corpus.SPECIAL_TOKENS
+    )
+    tokenizer.chat_template = corpus.CHAT_TEMPLATE
+    return tokenizer
+
+
+def start_weights(
+    model: GPT, tokenizer: Tokenizer, dialogues: corpus.Dialogues, *, steps: int, seed: int
+) -> None:
+    """Give a new model embeddings that tell topics apart, and heads that copy; see start.py."""
+    width = model.config.n_embd - head_size(model)
+    tokens = learn_embeddings(dialogues, tokenizer, width=width, steps=steps, seed=seed)
+    start_embeddings(model, tokens)
+    start_copying(model, torch.Generator().manual_seed(seed))
+
+
+def read_tutor(name: str) -> tuple[GPT, Tokenizer]:
+    """A tutor's model and tokenizer; ValueError for a model of another kind or context."""
+    tokenizer = Tokenizer.from_pretrained(name)
+    model = GPT.from_pretrained(name, dtype=torch.float32)
+    missing = [token for token in corpus.SPECIAL_TOKENS if token not in tokenizer.special_tokens]
+    if missing or model.config.n_positions < CONTEXT:
+        raise ValueError(
+            f"--start {name}: a tutor has the special tokens {' '.join(corpus.SPECIAL_TOKENS)} "
+            f"and a context of {CONTEXT} tokens; without --start a new one is made"
+        )
+    return model, tokenizer
+
+
 def new_model(tokenizer: Tokenizer, seed: int) -> GPT:
-    """4 layers, 256 wide: 4.3 M parameters."""
+    """6 layers, 256 wide: 5.9 M parameters."""
     config = GPTConfig(
         vocab_size=VOCAB_SIZE,
         n_positions=CONTEXT,
         n_embd=256,
-        n_layer=4,
+        n_layer=6,
         n_head=4,
         embd_pdrop=0.0,  # what it has to learn is much, and no line comes twice the same
         attn_pdrop=0.0,

@@ -7,6 +7,7 @@ first phase breaks long replies off, and sees more questions for the same work.
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from random import Random
 
@@ -15,14 +16,15 @@ from chatbot.tutor.pieces import Pieces
 from minigpt import Tokenizer
 from minigpt.batches import IGNORED
 
-STEPS = 9600  # of the whole training, of about 4,096 tokens each
+STEPS = 7200  # of the whole training, of about 4,096 tokens each
+STEPS_AGAIN = 9000  # of one that goes on from a tutor
 LONG = 28  # tokens; a longer reply may be broken off: hardly any that says a fact again is longer
 DECIDED = 8  # tokens, after which only one reply is left to a question alone
 DECIDED_LATER = 16  # the same in a conversation, and after a style's first words
 
 Shapes = tuple[tuple[int, int, float], ...]  # tokens a row, rows a batch, how often
 # A question alone: a short one, a longer one, and one after a system prompt.
-EXCHANGES: Shapes = ((28, 144, 0.35), (48, 84, 0.4), (76, 53, 0.25))
+EXCHANGES: Shapes = ((28, 144, 0.4), (48, 84, 0.4), (76, 53, 0.2))
 
 
 @dataclass(frozen=True)
@@ -83,25 +85,51 @@ PHASES = (
         styled=0.4,
     ),
 )
+# A model that can talk goes on from here, in whole conversations at once.
+AGAIN = (
+    Phase(
+        end=0.55,
+        single=0.35,
+        shapes=((64, 64, 0.45), (128, 32, 0.40), (256, 16, 0.15)),
+        broken_off=0.85,
+        personal=0.65,
+        styled=0.35,
+    ),
+    Phase(
+        end=math.inf,
+        single=0.25,
+        shapes=((64, 64, 0.30), (128, 32, 0.40), (256, 16, 0.25), (512, 8, 0.05)),
+        broken_off=0.3,
+        personal=0.65,
+        styled=0.4,
+    ),
+)
 
 
 class Rows:
     """Rows of token ids, cut from conversations: step -> a batch, always the same one."""
 
     def __init__(
-        self, conversations: Conversations, tokenizer: Tokenizer, *, seed: int, steps: int = STEPS
+        self,
+        conversations: Conversations,
+        tokenizer: Tokenizer,
+        *,
+        seed: int,
+        steps: int = STEPS,
+        phases: Sequence[Phase] = PHASES,
     ):
         self.conversations = conversations
         self.tokenizer = tokenizer
         self.seed = seed
         self.steps = steps
+        self.phases = phases
         self.pieces = Pieces(tokenizer)
         self.end = tokenizer.special_tokens["<|endoftext|>"]
 
     def batch(self, step: int) -> tuple[list[list[int]], list[list[int]]]:
         """Rows of ids and of labels, -100 where the user or the system speaks."""
         random = Random(f"{self.seed} {step}")
-        phase = next(phase for phase in PHASES if step < phase.end * self.steps)
+        phase = next(phase for phase in self.phases if step < phase.end * self.steps)
         single = random.random() < phase.single
         shapes = EXCHANGES if single else phase.shapes
         length, rows, _ = random.choices(shapes, [share for *_, share in shapes])[0]
@@ -132,7 +160,7 @@ class Rows:
             ids: list[int] = []
             labels: list[int] = []
             decided = DECIDED
-            for message in self.conversations.conversation(random, personal=0.3, styled=0.3):
+            for message in self.conversations.conversation(random, personal=0.5, styled=0.35):
                 decided = DECIDED_LATER if message["role"] == "system" else decided
                 more, learned = self._encode(random, message, decided)
                 ids += more
