@@ -27,6 +27,7 @@ from chatbot.tutor.corpus import (
     read,
 )
 from chatbot.tutor.embeddings import learn_embeddings
+from chatbot.tutor.grow import grow
 from chatbot.tutor.rows import DECIDED, DECIDED_LATER, EXCHANGES, Rows
 from chatbot.tutor.start import start_copying, start_embeddings
 from minigpt import GPT, GPTConfig, Tokenizer
@@ -449,14 +450,17 @@ def test_a_tutor_that_broke_off_ends_as_if_it_had_not(
 
 @pytest.mark.slow
 def test_a_training_goes_on_from_a_tutor(tmp_path: Path) -> None:
-    flags = f"--start {TUTOR} --steps 1 --device cpu --runs {tmp_path / 'runs'}"
+    layers = json.loads((TUTOR / "config.json").read_text())["n_layer"]
+    flags = f"--start {TUTOR} --layers {layers + 1} --steps 1 --device cpu"
+    flags += f" --runs {tmp_path / 'runs'}"
     assert training.main([*flags.split(), "--output", str(tmp_path / "more")]) == 0
     before, after = (
         load_file(folder / "model.safetensors") for folder in (TUTOR, tmp_path / "more")
     )
-    assert before.keys() == after.keys()
-    assert all(torch.allclose(before[name], after[name], atol=2e-3) for name in before)
-    assert not all(torch.equal(before[name], after[name]) for name in before)
+    assert len(after) == len(before) + 12  # a layer more
+    name = "transformer.wte.weight"
+    assert not torch.equal(before[name], after[name])
+    torch.testing.assert_close(before[name], after[name], rtol=0, atol=3e-3)
     tokenizers = [(folder / "tokenizer.json").read_bytes() for folder in (TUTOR, tmp_path / "more")]
     assert tokenizers[0] == tokenizers[1]
 
@@ -464,7 +468,8 @@ def test_a_training_goes_on_from_a_tutor(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("flags", "message"),
     [("--steps 0", "max_steps must be at least 1"), ("--seed -1", "seed must be")]
-    + [("--start no/such/tutor", "no/such/tutor")]
+    + [("--start no/such/tutor", "no/such/tutor"), ("--layers 1", "must be at least 2")]
+    + [(f"--start {TUTOR} --layers 99", "layers can have"), ("--layers 0", "at least 2")]
     + [("--device cuda", "torch finds no such GPU here, use cpu")]
     * (not torch.cuda.is_available()),
 )
@@ -477,6 +482,23 @@ def test_what_is_wrong_with_a_training_is_said_in_one_line_before_it(
     assert err.startswith("tutor: ") and message in err
 
 
+@pytest.mark.parametrize("layers", [3, 4, 5, 6])
+def test_a_grown_model_computes_the_same_and_learns_in_its_new_layers(layers: int) -> None:
+    config = GPTConfig(vocab_size=50, n_positions=16, n_embd=8, n_layer=3, n_head=2)
+    model = GPT(config, generator=torch.Generator().manual_seed(0)).double().eval()
+    with torch.no_grad():
+        for weights in model.parameters():  # biases too
+            weights.normal_(0, 0.3, generator=torch.Generator().manual_seed(1))
+    grown = grow(model, layers).eval()
+    ids = torch.arange(16)[None]
+    assert grown.config.n_layer == layers
+    torch.testing.assert_close(grown(ids), model(ids), rtol=0, atol=1e-12)
+    grown(ids).square().sum().backward()
+    outputs = [block.mlp.c_proj.weight for block in grown.h]
+    assert sum(not weight.any() for weight in outputs) == layers - 3
+    assert all(weight.grad is not None and weight.grad.any() for weight in outputs)
+
+
 def test_a_model_that_is_no_tutor_is_refused_as_a_start(tmp_path: Path) -> None:
     tokenizer = training.train_tokenizer(["no roles"], vocab_size=260, special_tokens=("<|end|>",))
     tokenizer.save_pretrained(tmp_path)
@@ -484,7 +506,7 @@ def test_a_model_that_is_no_tutor_is_refused_as_a_start(tmp_path: Path) -> None:
         tmp_path
     )
     with pytest.raises(ValueError, match=r"has the special tokens .*<\|assistant\|> and"):
-        training.read_tutor(str(tmp_path))
+        training.read_tutor(str(tmp_path), None)
 
 
 def test_a_training_says_in_the_card_where_the_weights_are_from(tmp_path: Path) -> None:

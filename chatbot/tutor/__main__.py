@@ -17,6 +17,7 @@ from torch import Tensor
 
 from chatbot.tutor import corpus
 from chatbot.tutor.embeddings import learn_embeddings
+from chatbot.tutor.grow import grow
 from chatbot.tutor.rows import AGAIN, PHASES, STEPS, STEPS_AGAIN, Rows
 from chatbot.tutor.start import head_size, start_copying, start_embeddings
 from minigpt import GPT, GPTConfig, Tokenizer
@@ -55,17 +56,17 @@ def make(options: argparse.Namespace) -> None:
     again = options.start is not None
     if options.steps is None:
         options.steps = STEPS_AGAIN if again else STEPS
+    if not again and options.layers is not None and options.layers < 2:
+        raise ValueError("--layers must be at least 2: the heads that copy are in two layers")
     config = training_config(options)
     dialogues = corpus.read()
     broken_off = find_checkpoint(options.runs)
     if again:
-        model, tokenizer = read_tutor(options.start)
+        model, tokenizer = read_tutor(options.start, options.layers)
     else:
-        tokenizer = new_tokenizer(dialogues)
-        model = new_model(tokenizer, options.seed)
+        model, tokenizer = new_tutor(dialogues, options)
         if broken_off is None:
-            steps = min(1000, options.steps // 10)
-            start_weights(model, tokenizer, dialogues, steps=steps, seed=options.seed)
+            start_weights(model, tokenizer, dialogues, options)
     model.to(options.device)
     conversations = corpus.Conversations(dialogues)
     phases = AGAIN if again else PHASES
@@ -85,8 +86,8 @@ def make(options: argparse.Namespace) -> None:
     )
     save(model, tokenizer, options.output)
     draw_curve(history, options.output / "loss.png")
-    start = f"--start {options.start} " if again else ""
-    flags = f"{start}--steps {options.steps} --seed {options.seed}"
+    given = {name: getattr(options, name) for name in ("start", "layers", "steps", "seed")}
+    flags = " ".join(f"--{name} {value}" for name, value in given.items() if value is not None)
     tell_card(options.output / "README.md", flags)
     if (done := find_checkpoint(options.runs)) is not None:
         shutil.rmtree(done)  # the next run is a new one
@@ -101,6 +102,7 @@ def parser() -> argparse.ArgumentParser:
     flags.add_argument(
         "--start", metavar="TUTOR", help="go on from a tutor, after the dialogues grew"
     )
+    flags.add_argument("--layers", type=int, help="of a new tutor, or to grow to")
     flags.add_argument("--seed", type=int, default=0)
     default = "cuda" if torch.cuda.is_available() else "cpu"
     flags.add_argument("--device", choices=("cpu", "cuda"), default=default)
@@ -125,8 +127,11 @@ def training_config(options: argparse.Namespace) -> TrainConfig:
     )
 
 
-def new_tokenizer(dialogues: corpus.Dialogues) -> Tokenizer:
-    """Learned from every line of the dialogues."""
+def new_tutor(dialogues: corpus.Dialogues, options: argparse.Namespace) -> tuple[GPT, Tokenizer]:
+    """A tokenizer of every line, and a model that has not learned yet: see start.py.
+
+    256 wide, of 4 layers if not told otherwise: 4.3 M parameters.
+    """
     print(
         f"{len(dialogues.topics)} topics; learning a tokenizer of {VOCAB_SIZE} tokens", flush=True
     )
@@ -134,21 +139,33 @@ def new_tokenizer(dialogues: corpus.Dialogues) -> Tokenizer:
         corpus.texts(dialogues), vocab_size=VOCAB_SIZE, special_tokens=corpus.SPECIAL_TOKENS
     )
     tokenizer.chat_template = corpus.CHAT_TEMPLATE
-    return tokenizer
+    config = GPTConfig(
+        vocab_size=VOCAB_SIZE,
+        n_positions=CONTEXT,
+        n_embd=256,
+        n_layer=4 if options.layers is None else options.layers,
+        n_head=4,
+        embd_pdrop=0.0,  # what it has to learn is much, and no line comes twice the same
+        attn_pdrop=0.0,
+        resid_pdrop=0.0,
+        bos_token_id=tokenizer.eos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+    )
+    return GPT(config, generator=torch.Generator().manual_seed(options.seed)), tokenizer
 
 
 def start_weights(
-    model: GPT, tokenizer: Tokenizer, dialogues: corpus.Dialogues, *, steps: int, seed: int
+    model: GPT, tokenizer: Tokenizer, dialogues: corpus.Dialogues, options: argparse.Namespace
 ) -> None:
-    """Give a new model embeddings that tell topics apart, and heads that copy; see start.py."""
-    width = model.config.n_embd - head_size(model)
-    tokens = learn_embeddings(dialogues, tokenizer, width=width, steps=steps, seed=seed)
+    """Embeddings that tell topics apart, and heads that copy, instead of chance: see start.py."""
+    width, steps = model.config.n_embd - head_size(model), min(1000, options.steps // 10)
+    tokens = learn_embeddings(dialogues, tokenizer, width=width, steps=steps, seed=options.seed)
     start_embeddings(model, tokens)
-    start_copying(model, torch.Generator().manual_seed(seed))
+    start_copying(model, torch.Generator().manual_seed(options.seed))
 
 
-def read_tutor(name: str) -> tuple[GPT, Tokenizer]:
-    """A tutor's model and tokenizer; ValueError for a model of another kind or context."""
+def read_tutor(name: str, layers: int | None) -> tuple[GPT, Tokenizer]:
+    """A tutor's model, grown to so many layers, and its tokenizer; ValueError if it is no tutor."""
     tokenizer = Tokenizer.from_pretrained(name)
     model = GPT.from_pretrained(name, dtype=torch.float32)
     missing = [token for token in corpus.SPECIAL_TOKENS if token not in tokenizer.special_tokens]
@@ -157,24 +174,7 @@ def read_tutor(name: str) -> tuple[GPT, Tokenizer]:
             f"--start {name}: a tutor has the special tokens {' '.join(corpus.SPECIAL_TOKENS)} "
             f"and a context of {CONTEXT} tokens; without --start a new one is made"
         )
-    return model, tokenizer
-
-
-def new_model(tokenizer: Tokenizer, seed: int) -> GPT:
-    """6 layers, 256 wide: 5.9 M parameters."""
-    config = GPTConfig(
-        vocab_size=VOCAB_SIZE,
-        n_positions=CONTEXT,
-        n_embd=256,
-        n_layer=6,
-        n_head=4,
-        embd_pdrop=0.0,  # what it has to learn is much, and no line comes twice the same
-        attn_pdrop=0.0,
-        resid_pdrop=0.0,
-        bos_token_id=tokenizer.eos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-    )
-    return GPT(config, generator=torch.Generator().manual_seed(seed))
+    return model if layers is None else grow(model, layers), tokenizer
 
 
 def batch(rows: Rows, step: int) -> dict[str, Tensor]:

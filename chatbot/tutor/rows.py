@@ -16,8 +16,8 @@ from chatbot.tutor.pieces import Pieces
 from minigpt import Tokenizer
 from minigpt.batches import IGNORED
 
-STEPS = 7200  # of the whole training, of about 4,096 tokens each
-STEPS_AGAIN = 9000  # of one that goes on from a tutor
+STEPS = 9600  # of the whole training, of about 4,096 tokens each
+STEPS_AGAIN = 8500  # of one that goes on from a tutor
 LONG = 28  # tokens; a longer reply may be broken off: hardly any that says a fact again is longer
 DECIDED = 8  # tokens, after which only one reply is left to a question alone
 DECIDED_LATER = 16  # the same in a conversation, and after a style's first words
