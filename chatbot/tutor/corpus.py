@@ -24,6 +24,7 @@ from chatbot.tutor.wording import (
 )
 
 LANGUAGES = ("es", "en")
+SHARES = (0.45, 0.55)  # of them: English has fewer endings that tell what a word does
 FOLDER = Path(__file__).parent / "dialogues"
 CHAT_TEMPLATE = (
     "{% for message in messages %}{{ '<|' + message.role + '|>' + message.content + eos_token }}"
@@ -130,7 +131,7 @@ class Conversations:
         Parts of all conversations are `personal`, about the user more than about topics, and
         `styled` by a system prompt.
         """
-        state = _State(language=random.choice(LANGUAGES))
+        state = _State(language=random.choices(LANGUAGES, SHARES)[0])
         style = self._style(random) if random.random() >= 1 - styled else None
         if style is not None:
             prompts = self.dialogues.styles[style][f"{state.language} system"]
@@ -139,7 +140,7 @@ class Conversations:
         about_user = random.random() < personal
         while True:
             if random.random() < 0.04:
-                state.language = random.choice(LANGUAGES)
+                state.language = random.choices(LANGUAGES, SHARES)[0]
             user, reply = self._turn(random, state, style or "plain", about_user)
             yield {"role": "user", "content": user}
             yield {"role": "assistant", "content": reply}
@@ -151,7 +152,7 @@ class Conversations:
         """The user's message and the right reply; the state remembers what it was about."""
         weights = {
             self._topic: 4.0 if not personal else 1.3,
-            self._unknown: 2.6 if not personal else 0.5,
+            self._unknown: 3.4 if not personal else 0.5,
             self._small_talk: 0.3 if not personal else 0.4,
             self._repeat: 0.1 if not personal else 1.0,
             self._tell: 0.5 if not personal else 2.0,
