@@ -107,7 +107,7 @@ def _quality(options: argparse.Namespace) -> Record:
     from chatbot.engines import open_engine
     from chatbot.tutor import corpus
 
-    groups = options.group or list(quality.GROUPS)
+    groups = list(dict.fromkeys(options.group or quality.GROUPS))
     quality.check_groups(groups)
     engine = open_engine(options.engine, options.model)
     judge = quality.Judge(corpus.read())

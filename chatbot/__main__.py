@@ -69,6 +69,8 @@ def _chat(options: argparse.Namespace, language: str) -> int:
     given: dict[str, Any] = {
         name: parse(name, text) for name in RULES if (text := getattr(options, name)) is not None
     }
+    if sys.stdout is None:  # closed
+        raise ChatError("no_output")
     prompt = _prompt(options)
     if prompt is not None and not prompt.strip():
         raise ChatError("empty_message")

@@ -73,8 +73,10 @@ def undo(terminal: Terminal, argument: str) -> None:
 
 def regen(terminal: Terminal, argument: str) -> None:
     """Ask the last question again."""
-    terminal.show(terminal.conversation.regenerate())
-    if terminal.conversation.settings.repeatable:
+    conversation = terminal.conversation
+    last = conversation.turns[-1:]
+    terminal.show(conversation.regenerate())
+    if conversation.settings.repeatable and conversation.turns[-1:] == last:
         terminal.note("same_again")
 
 

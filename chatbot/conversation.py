@@ -8,8 +8,8 @@ forgotten here: a file of the conversation holds all of it.
 Proof: tests/test_conversation.py.
 """
 
+from bisect import bisect_left
 from collections.abc import Sequence
-from itertools import pairwise
 
 from chatbot.engines import Engine, Message
 from chatbot.reply import Reply, Turn
@@ -77,7 +77,7 @@ class Conversation:
         last = self.undo()
         try:
             return self.reply(last.user)
-        except ValueError:
+        except BaseException:
             self.turns.append(last)
             raise
 
@@ -96,24 +96,30 @@ class Conversation:
         cache its use.
         """
         limit = self.engine.context_length - self.room
-        alone = self.engine.render([*_messages(self.system, []), _user(text)])
+
+        def prompt(first: int) -> list[int]:
+            return self.engine.render([*self.messages(first), _user(text)])
+
+        ids = prompt(self.first)
+        if len(ids) <= limit:  # as almost always
+            return ids, self.first
+        alone = prompt(len(self.turns))
         if len(alone) > limit:
             needed = len(self.engine.encode(text))
             available = max(limit - (len(alone) - needed), 0)
             raise ChatError("message_too_long", needed=needed, available=available)
-        for first in range(self.first, len(self.turns)):
-            ids = self.engine.render([*self.messages(first), _user(text)])
-            if len(ids) <= limit:
-                return ids, first
-        return alone, len(self.turns)
+        firsts = range(len(self.turns))  # the later, the shorter is the prompt
+        first = bisect_left(firsts, True, lo=self.first, key=lambda i: len(prompt(i)) <= limit)
+        return prompt(first), first
 
     def costs(self) -> list[int]:
         """Tokens of the system prompt, then of each turn, as the chat template writes them."""
-        lengths = [len(self.engine.render([_user("")]))]
-        for end in range(len(self.turns) + 1):
-            past = _messages(self.system, self.turns[:end])
-            lengths.append(len(self.engine.render([*past, _user("")])))
-        return [after - before for before, after in pairwise(lengths)]
+
+        def length(system: str, *turns: Turn) -> int:
+            return len(self.engine.render([*_messages(system, turns), _user("")]))
+
+        alone = length(self.system)
+        return [alone - length(""), *(length(self.system, turn) - alone for turn in self.turns)]
 
 
 def check_text(text: str) -> str:

@@ -14,7 +14,15 @@ from chatbot.texts import ChatError, say
 
 
 def save(conversation: Conversation, path: Path) -> None:
-    """Write system prompt and all turns, those that left the context too; whole or not at all."""
+    """Write system prompt and all turns, those that left the context too; whole or not at all.
+
+    Raises ChatError for a file that is there already, unless it is a saved conversation.
+    """
+    if os.path.exists(path):
+        try:
+            _read(path)
+        except ChatError as error:
+            raise ChatError("not_replaced", path=path) from error
     turns = [{"user": turn.user, "assistant": turn.assistant} for turn in conversation.turns]
     content = {"model": conversation.engine.name, "system": conversation.system, "turns": turns}
     _write(path, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
@@ -25,6 +33,13 @@ def load(conversation: Conversation, path: Path) -> int:
 
     Raises ChatError, and changes nothing, for a file that is no saved conversation.
     """
+    system, turns = _read(path)
+    conversation.restart(system=system, turns=turns)
+    return len(turns)
+
+
+def _read(path: Path) -> tuple[str, list[Turn]]:
+    """The system prompt and the turns of a saved conversation."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
         system = content["system"]
@@ -38,8 +53,7 @@ def load(conversation: Conversation, path: Path) -> int:
         raise ChatError("file_failed", path=path, why=error.strerror) from error
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise ChatError("not_a_conversation", path=path, why=error) from error
-    conversation.restart(system=system, turns=turns)
-    return len(turns)
+    return system, turns
 
 
 def export(conversation: Conversation, path: Path, language: str, model: str) -> None:

@@ -141,13 +141,17 @@ class Terminal:
         self.out.flush()
 
     def _read(self) -> str:
-        """A message: one line, or several between triple quotes."""
+        """A message: one line, or several between triple quotes; Ctrl-D closes them too."""
         line = input(PROMPT)
         if not line.lstrip().startswith(QUOTES):
             return line
         lines = [line.lstrip().removeprefix(QUOTES)]
         while not lines[-1].rstrip().endswith(QUOTES):
-            lines.append(input("… "))
+            try:
+                lines.append(input("… "))
+            except EOFError:  # of the message, not of the conversation
+                self.out.write("\n")
+                break
         lines[-1] = lines[-1].rstrip().removesuffix(QUOTES)
         return "\n".join(lines).strip("\n")
 

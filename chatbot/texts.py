@@ -207,6 +207,14 @@ TEXTS: dict[str, tuple[str, str]] = {
         "{path} is not a saved conversation: {why}",
         "{path} no es una conversación guardada: {why}",
     ),
+    "not_replaced": (
+        "{path} exists and cannot be read as a saved conversation: choose another name",
+        "{path} existe y no se puede leer como conversación guardada: elige otro nombre",
+    ),
+    "no_output": (
+        "standard output is closed: send it to a terminal, a file or a pipe",
+        "la salida estándar está cerrada: envíala a una terminal, un archivo o una tubería",
+    ),
     "file_failed": ("{path}: {why}", "{path}: {why}"),
 }
 

@@ -3,7 +3,8 @@
     piece -> words and spaces -> a word is shown when it has ended -> on the next line if it is long
 
 A terminal by itself breaks a line wherever it is full, in the middle of a word, though the text
-comes in pieces. And it obeys control characters, which a model may write too.
+comes in pieces. And it obeys control characters, which a model may write too. A broken byte
+of the input reaches us as a lone surrogate, which no UTF-8 output takes.
 
 Proof: tests/test_wrap.py.
 """
@@ -12,11 +13,12 @@ import re
 import unicodedata
 
 PART = re.compile(r"\n|[^\S\n]+|\S+")
-CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
+CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff]")
 
 
 def printable(text: str) -> str:
-    """The text with a sign in place of each control character but tab and line break.
+    """The text with a sign in place of each control character but tab and line break, and of each
+    lone surrogate.
 
     >>> printable("a \\x1b[2J\\tb")
     'a �[2J\\tb'
@@ -37,6 +39,7 @@ class WordWrap:
         self._column = 0  # of the screen, after all that was shown
         self._space = ""  # between that and the word, not shown at the end of a line
         self._word = ""
+        self._long = False  # what was shown last is the beginning of a word longer than a line
 
     def feed(self, text: str) -> str:
         """What can be shown now that `text` has come too."""
@@ -65,11 +68,15 @@ class WordWrap:
         if not self._word:
             return ""
         between, size = self._space, _columns(self._word)
-        if self._column and self._column + _columns(between) + size > self.width:
+        begins = between or not self._long
+        if begins and self._column and self._column + _columns(between) + size > self.width:
             between, self._column = "\n", 0
         else:
             self._column += _columns(between)
         self._column += size
+        self._long = size > self.width
+        if self._column > self.width:  # the screen itself has broken it
+            self._column = (self._column - 1) % self.width + 1
         shown = between + self._word
         self._space = self._word = ""
         return shown

@@ -69,6 +69,12 @@ class Masked:
 
     def __post_init__(self) -> None:
         _check_rate("mlm_probability", self.mlm_probability)
+        for name in ("pad_token_id", "mask_token_id"):
+            if not 0 <= getattr(self, name) < self.vocab_size:
+                raise ValueError(
+                    f"{name} must be in [0, {self.vocab_size}), the vocabulary, "
+                    f"got {getattr(self, name)}"
+                )
 
     def __call__(
         self, examples: Sequence[Example], generator: torch.Generator | None = None

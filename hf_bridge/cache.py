@@ -47,14 +47,6 @@ class _Counted(HFCache):
         held = [layer for layer in self.layers if layer.is_initialized]
         return sum(layer.keys.nbytes + layer.values.nbytes for layer in held)
 
-    def check_rows(self, B: int) -> None:
-        """Raise ValueError for ids of another number of rows, of which the library takes any."""
-        if self.batch_size != B:
-            raise ValueError(
-                f"ids must have as many rows as the cache, {self.batch_size}, got {B}: "
-                f"new_cache({B}) makes one for them"
-            )
-
     def pad(self, padding: Tensor) -> None:
         """Note that each row begins with so many columns of padding: (B, 1)."""
         self.padding = padding
@@ -100,3 +92,17 @@ class WindowCache(_Counted):
 
 
 Cache = FullCache | WindowCache
+
+
+def check_room(cache: Cache, B: int, length: int) -> None:
+    """Raise ValueError unless the cache is for B rows, ContextOverflow if `length` do not fit.
+
+    The library takes any rows, and grows without end.
+    """
+    if cache.batch_size != B:
+        raise ValueError(
+            f"ids must have as many rows as the cache, {cache.batch_size}, got {B}: "
+            f"new_cache({B}) makes one for them"
+        )
+    if cache.capacity is not None and length > cache.capacity:
+        raise ContextOverflow(length, cache.capacity)

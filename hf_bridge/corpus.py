@@ -35,11 +35,11 @@ def clean(text: str, *, ascii_only: bool = False) -> str:
 
 def find_files(path: str | Path) -> list[Path]:
     """The text files of a directory and those below it, in order; or the file itself."""
-    path = Path(path)
+    name, path = str(path), Path(path)
     if path.is_file():
         return [path]
-    if not path.is_dir():
-        raise ValueError(f"no file or directory {str(path)!r}: check the path")
+    if not name or not path.is_dir():  # an empty name would be the working directory
+        raise ValueError(f"no file or directory {name!r}: check the path")
     files = sorted(f for f in path.rglob("*") if f.suffix in SUFFIXES and f.is_file())
     if not files:
         raise ValueError(f"{path} holds no text: no file ends in {', '.join(SUFFIXES)}")

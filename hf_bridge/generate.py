@@ -18,7 +18,7 @@ from torch import Tensor
 from transformers import LogitsProcessor
 from transformers.generation.streamers import BaseStreamer
 
-from hf_bridge.cache import Cache, ContextOverflow
+from hf_bridge.cache import Cache, ContextOverflow, check_room
 from hf_bridge.mask import left_padding
 from hf_bridge.model import GPT
 from hf_bridge.sampler import Sampler
@@ -89,7 +89,7 @@ def _options(
         raise ContextOverflow(T + max_new_tokens, model.config.n_positions)
     padding = None if attention_mask is None else left_padding(attention_mask)
     cache = model.new_cache(B, capacity=T + max_new_tokens) if cache is None else cache
-    cache.check_rows(B)
+    check_room(cache, B, T + max_new_tokens - 1)  # the last token is never read
     if padding is not None:
         cache.pad(padding)
     if cache.length >= T:

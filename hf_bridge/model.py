@@ -19,7 +19,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, GPT2LMHeadM
 from transformers.generation import GenerationConfig
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-from hf_bridge.cache import Cache, ContextOverflow, FullCache, WindowCache
+from hf_bridge.cache import Cache, ContextOverflow, FullCache, WindowCache, check_room
 from hf_bridge.config import GPTConfig
 from hf_bridge.mask import check_window, left_padding, visible_at
 
@@ -94,13 +94,11 @@ class GPT(nn.Module):
     ) -> Tensor:
         """The last block's normalised output, (B, T) -> (B, T, C)."""
         B, T = ids.shape
-        if cache is not None:
-            cache.check_rows(B)
         start = cache.length if cache is not None else 0
-        held = cache.capacity if cache is not None else None
-        for limit in (self.config.n_positions, held):
-            if limit is not None and start + T > limit:
-                raise ContextOverflow(start + T, limit)
+        if start + T > self.config.n_positions:
+            raise ContextOverflow(start + T, self.config.n_positions)
+        if cache is not None:
+            check_room(cache, B, start + T)
         padding = self._padding(attention_mask, cache)
         columns = torch.arange(start + T, device=ids.device).expand(B, -1)  # (B, S)
         positions = columns[:, start:] - padding  # (B, T)

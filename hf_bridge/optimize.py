@@ -21,6 +21,7 @@ from torch import Tensor
 from transformers import TrainingArguments, get_cosine_with_min_lr_schedule_with_warmup
 
 from hf_bridge.batches import IGNORED
+from hf_bridge.cache import ContextOverflow
 from hf_bridge.mask import left_padding
 from hf_bridge.model import GPT
 
@@ -122,7 +123,11 @@ def learning_rate(step: int, config: TrainConfig) -> float:
 
 
 def summed_loss(model: GPT, batch: Batch) -> Tensor:
-    """-log p of every token that counts, added up: a scalar."""
+    """-log p of every token that counts, added up: a scalar; errors as in minigpt."""
+    ids, P = batch["input_ids"], model.config.n_positions
+    model.check_ids(ids, batch.get("attention_mask"))
+    if ids.shape[1] > P:
+        raise ContextOverflow(ids.shape[1], P)
     inputs = {name: tensor for name, tensor in with_positions(batch).items() if name != "labels"}
     return causal_loss(model.hf(**inputs), batch["labels"])
 

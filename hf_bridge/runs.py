@@ -16,7 +16,9 @@ import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
+from zipfile import BadZipFile, ZipFile
 
+from safetensors import SafetensorError, safe_open
 from transformers.trainer_utils import get_last_checkpoint
 
 from hf_bridge.files import read_json, writing
@@ -62,6 +64,20 @@ def compare(path: Path, there: Mapping[str, Any], here: Mapping[str, Any]) -> No
     if wrong:
         more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
         raise ValueError(f"{path} is of another run: {', '.join(wrong[:3])}{more}")
+
+
+def check_whole(checkpoint: Path) -> None:
+    """Raise ValueError if the Trainer's checkpoint has no state, or a file that was cut off."""
+    read_settings(checkpoint / "trainer_state.json", checkpoint)
+    try:
+        for file in checkpoint.glob("*.safetensors"):
+            with safe_open(file, framework="pt"):
+                pass  # opening compares the file's length with what its header tells
+        for file in checkpoint.glob("*.pt"):
+            with ZipFile(file):
+                pass
+    except (SafetensorError, BadZipFile) as error:
+        raise ValueError(f"{file} is damaged ({error}): begin anew in another directory") from error
 
 
 class Log:

@@ -137,6 +137,8 @@ class Tokenizer:
             tokenizer.hf = GPT2TokenizerFast.from_pretrained(
                 folder, local_files_only=True, **dict.fromkeys(NAMES)
             )
+            if isinstance(tokenizer.hf.chat_template, dict):  # several, by name
+                tokenizer.hf.chat_template = tokenizer.hf.chat_template.get("default")
         except Exception as error:  # the library's own, from Rust, has no kind and names no file
             raise ValueError(
                 f"the tokenizer in {folder} is damaged ({error}): download it again"
@@ -162,6 +164,10 @@ class Tokenizer:
 
 def _check_files(folder: Path) -> None:
     """ValueError where the library would make do with what is there."""
+    named = folder / "tokenizer_config.json"
+    names = read_json(named) if named.is_file() else {}
+    if isinstance(names, dict) and names.get("add_prefix_space"):
+        raise ValueError(f"{named}: add_prefix_space must be false, this is another tokenizer")
     whole = folder / "tokenizer.json"
     if not whole.is_file():
         if not ((folder / "vocab.json").is_file() and (folder / "merges.txt").is_file()):

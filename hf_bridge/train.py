@@ -70,6 +70,7 @@ def train(
         else:
             path = folder / runs.SETTINGS
             runs.compare(path, runs.read_settings(path, checkpoint), settings)
+            runs.check_whole(checkpoint)
         with quiet(), _own_chance(model.device):
             trainer = ExactTrainer(model, batches, config, folder, evaluate, save, checkpoint)
             trainer.add_callback(Steps(config.seed, progress and trainer.journal.writes))

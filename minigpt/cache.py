@@ -118,6 +118,7 @@ class WindowCache:
         if batch_size < 1:
             raise ValueError(f"batch_size must be at least 1, got {batch_size}")
         self.batch_size = batch_size
+        self.capacity: int | None = None  # the oldest make room for the newest
         self.window = window
         self.sinks = sinks
         self.length = 0
@@ -187,6 +188,17 @@ class WindowCache:
 
 
 Cache = FullCache | WindowCache
+
+
+def check_room(cache: Cache, B: int, length: int) -> None:
+    """Raise ValueError unless the cache is for B rows, ContextOverflow if `length` do not fit."""
+    if cache.batch_size != B:
+        raise ValueError(
+            f"ids must have as many rows as the cache, {cache.batch_size}, got {B}: "
+            f"new_cache({B}) makes one for them"
+        )
+    if cache.capacity is not None and length > cache.capacity:
+        raise ContextOverflow(length, cache.capacity)
 
 
 def _buffers(config: GPTConfig, batch_size: int, slots: int, like: Tensor) -> tuple[Tensor, Tensor]:

@@ -17,7 +17,7 @@ SUFFIXES = (".txt", ".md", ".jsonl")
 # Signs that no reader sees: C0 and C1 but for tab and newline, delete, the byte-order mark.
 CONTROL = dict.fromkeys([*range(9), 11, 12, *range(14, 32), *range(127, 160), 0xFEFF])
 # Here a text may be cut without changing its tokens: a word takes one space before it at most.
-CUT = re.compile(r"(?<!\r)[ \n](?=\S)")
+CUT = re.compile(r"(?<!\r)[ \n](\S)")
 
 
 def clean(text: str, *, ascii_only: bool = False) -> str:
@@ -42,11 +42,11 @@ def find_files(path: str | Path) -> list[Path]:
 
     Raises ValueError if there are none.
     """
-    path = Path(path)
+    name, path = str(path), Path(path)
     if path.is_file():
         return [path]
-    if not path.is_dir():
-        raise ValueError(f"no file or directory {str(path)!r}: check the path")
+    if not name or not path.is_dir():  # an empty name would be the working directory
+        raise ValueError(f"no file or directory {name!r}: check the path")
     files = sorted(file for file in path.rglob("*") if file.suffix in SUFFIXES and file.is_file())
     if not files:
         raise ValueError(f"{path} holds no text: no file ends in {', '.join(SUFFIXES)}")
@@ -64,7 +64,8 @@ def read_documents(path: str | Path, *, ascii_only: bool = False) -> Iterator[It
             for (text,) in _rows(file):
                 yield iter([clean(text, ascii_only=ascii_only)])
         else:
-            yield (clean(piece, ascii_only=ascii_only) for piece in _pieces(file))
+            pieces = _pieces(file, ascii_only=ascii_only)
+            yield (clean(piece, ascii_only=ascii_only) for piece in pieces)
 
 
 def read_pairs(path: str | Path) -> Iterator[tuple[str, str]]:
@@ -82,14 +83,19 @@ def read_pairs(path: str | Path) -> Iterator[tuple[str, str]]:
             yield from (("", text.strip()) for text in re.split(r"\n\s*\n", whole) if text.strip())
 
 
-def _pieces(file: Path) -> Iterator[str]:
-    """A file's text in pieces of about BLOCK bytes, cut where tokens end anyway."""
+def _pieces(file: Path, *, ascii_only: bool = False) -> Iterator[str]:
+    """A file's text in pieces of about BLOCK bytes, cut where tokens end once it is clean."""
     decoder = codecs.getincrementaldecoder("utf-8")()
     rest = ""
     with open(file, "rb") as stream:
         while block := stream.read(BLOCK):
             rest += _decode(decoder, block, file, stream.tell() - len(block))
-            if cuts := [match.start() for match in CUT.finditer(rest, max(0, len(rest) - 4096))]:
+            cuts = [
+                match.start()
+                for match in CUT.finditer(rest, max(0, len(rest) - 4096))
+                if clean(match[1], ascii_only=ascii_only).strip()  # else the space goes on there
+            ]
+            if cuts:
                 yield rest[: cuts[-1]]
                 rest = rest[cuts[-1] :]
         yield rest + _decode(decoder, b"", file, stream.tell(), final=True)

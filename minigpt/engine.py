@@ -6,8 +6,11 @@ of it the cache already holds and computes only the rest.
 Before: trace.py.  After: nothing.  Twin: hf_bridge/engine.py.  Proof: tests/test_engine.py.
 """
 
+import json
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
+from datetime import datetime
 from pathlib import Path
 
 import torch
@@ -193,13 +196,26 @@ def render_template(
     def raise_exception(message: str) -> None:
         raise TemplateError(message)
 
+    def tojson(x, ensure_ascii=False, indent=None, separators=None, sort_keys=False) -> str:
+        options = {"ensure_ascii": ensure_ascii, "indent": indent, "separators": separators}
+        return json.dumps(x, sort_keys=sort_keys, **options)
+
     environment = ImmutableSandboxedEnvironment(
         trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
     )
+    environment.filters["tojson"] = tojson  # Jinja's own escapes HTML
     environment.globals["raise_exception"] = raise_exception
+    environment.globals["strftime_now"] = datetime.now().strftime
+    # {% generation %} marks what a training counts; in a prompt it is a scope like {% with %}.
+    template = re.sub(r"(\{%[-+]?\s*(?:end)?)generation(?=\s*[-+]?%\})", r"\1with", template)
     try:
         return environment.from_string(template).render(
-            messages=messages, add_generation_prompt=True, eos_token=eos_token, bos_token=eos_token
+            messages=messages,
+            tools=None,
+            documents=None,
+            add_generation_prompt=True,
+            eos_token=eos_token,
+            bos_token=eos_token,
         )
     except TemplateSyntaxError as error:
         raise ValueError(f"the model's chat template is no valid Jinja: {error}") from error

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from minigpt.cache import Cache, ContextOverflow
+from minigpt.cache import Cache, ContextOverflow, check_room
 from minigpt.mask import left_padding
 from minigpt.model import GPT
 from minigpt.sampler import Sampler
@@ -67,7 +67,8 @@ def stream(
     """The same for one row, (1, T), each token as soon as it is drawn; closing it stops the model.
 
     A `cache` that holds the first tokens of ids saves computing them again; it is left holding
-    all but the last token. The eos token, if it comes, is the last one given.
+    all but the last token, and must have room for them. The eos token, if it comes, is the last
+    one given.
     """
     if ids.shape[0] != 1:
         raise ValueError(f"stream continues one row, got a batch of {ids.shape[0]}")
@@ -104,6 +105,7 @@ def _decode(
         # A ring keeps the first columns as sinks, which in padded rows are not the first tokens.
         full = padding is not None and model.attention_sinks > 0
         cache = model.new_cache(B, capacity=T + max_new_tokens, full=full)
+    check_room(cache, B, T + max_new_tokens - 1)  # the last token is never read
     if padding is not None:
         cache.pad(padding)
     if cache.length >= T:

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from minigpt.attention import Attention, Conv1D
-from minigpt.cache import Cache, ContextOverflow, FullCache, WindowCache
+from minigpt.cache import Cache, ContextOverflow, FullCache, WindowCache, check_room
 from minigpt.config import GPTConfig
 from minigpt.mask import check_window, left_padding, visible_at
 
@@ -147,14 +147,11 @@ class GPT(nn.Module):
     ) -> Tensor:
         """The last block's normalised output, (B, T) -> (B, T, C); arguments as in forward."""
         B, T = ids.shape
-        if cache is not None and cache.batch_size != B:
-            raise ValueError(
-                f"ids must have as many rows as the cache, {cache.batch_size}, got {B}: "
-                f"new_cache({B}) makes one for them"
-            )
         start = cache.length if cache is not None else 0
         if start + T > self.config.n_positions:
             raise ContextOverflow(start + T, self.config.n_positions)
+        if cache is not None:
+            check_room(cache, B, start + T)
         padding = self._padding(attention_mask, cache)
         columns = torch.arange(start, start + T, device=ids.device)  # (T,)
         positions = columns if padding is None else (columns - padding).clamp(min=0)  # (B, T)
@@ -174,21 +171,16 @@ class GPT(nn.Module):
     def new_cache(
         self, batch_size: int = 1, *, capacity: int | None = None, full: bool = False
     ) -> Cache:
-        """An empty cache: a ring if sliding_window is set (and not `full`), else `capacity` long.
+        """An empty cache: a ring for a window shorter than the context, else `capacity` long.
 
         The default capacity is the whole context. Both give the same logits; a ring takes less
-        memory.
+        memory. `full` asks for no ring.
         """
-        if self.sliding_window is not None and not full:
-            return WindowCache(
-                self.config,
-                batch_size,
-                self.sliding_window,
-                self.attention_sinks,
-                like=self.wte.weight,
-            )
+        window, sinks, like = self.sliding_window, self.attention_sinks, self.wte.weight
+        if window is not None and window + sinks < self.config.n_positions and not full:
+            return WindowCache(self.config, batch_size, window, sinks, like=like)
         capacity = self.config.n_positions if capacity is None else capacity
-        return FullCache(self.config, batch_size, capacity, like=self.wte.weight)
+        return FullCache(self.config, batch_size, capacity, like=like)
 
     def check_ids(self, ids: Tensor, attention_mask: Tensor | None = None) -> None:
         """Raise ValueError unless ids is a (B, T) batch of tokens, and a mask has its shape."""

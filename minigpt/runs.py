@@ -21,6 +21,7 @@ from types import TracebackType
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import nn
 
@@ -122,11 +123,15 @@ def load_checkpoint(
 ) -> dict[str, Any]:
     """Put weights and moments back, and return the state.
 
-    Raises ValueError, and changes nothing, if the checkpoint is of a run with other settings.
+    Raises ValueError, and changes nothing, if the checkpoint is of a run with other settings, of
+    another program, or damaged.
     """
-    state = read_json(path / STATE)
+    state = read_settings(path / STATE, path)
     compare(path, state["settings"], settings)
-    weights, moments = load_file(path / WEIGHTS), load_file(path / MOMENTS)
+    try:
+        weights, moments = load_file(path / WEIGHTS), load_file(path / MOMENTS)
+    except SafetensorError as error:
+        raise ValueError(f"{path} is damaged ({error}): begin anew in another directory") from error
     for name, p in model.named_parameters():
         if not p.requires_grad:
             continue

@@ -55,7 +55,7 @@ def read(folder: Path) -> Parts:
             f"{folder} has no tokenizer: it needs tokenizer.json, or vocab.json and merges.txt"
         )
     eos_token, chat_template = _read_names(folder)
-    if eos_token is None and END in special_tokens:
+    if eos_token is None and (END in vocab or END in special_tokens):
         eos_token = END
     if eos_token in vocab:  # the files need not list it among the special tokens
         special_tokens.setdefault(eos_token, vocab[eos_token])
@@ -110,7 +110,9 @@ def _read_names(folder: Path) -> tuple[str | None, str | None]:
         if isinstance(eos_token, dict):
             eos_token = eos_token["content"]
         if isinstance(chat_template, list):  # several, by name
-            chat_template = {t["name"]: t["template"] for t in chat_template}["default"]
+            chat_template = {t["name"]: t["template"] for t in chat_template}.get("default")
+    if names.get("add_prefix_space"):
+        raise ValueError(f"{path}: add_prefix_space must be false, this is another tokenizer")
     if template.is_file():
         with _damage(template):
             chat_template = template.read_text(encoding="utf-8")

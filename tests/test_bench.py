@@ -444,6 +444,23 @@ def test_refusals_of_questions_in_scope_are_counted() -> None:
         assert len(failures) == 4 * 3 + 3
 
 
+def test_a_share_below_its_aim_does_not_read_as_the_aim() -> None:
+    assert [quality._share(*n) for n in ((84, 96), (88, 100), (8799, 10000), (0, 3))] == [
+        "87.5 %",
+        "88 %",
+        "87.9 %",
+        "0 %",
+    ]
+
+
+def test_a_group_named_twice_is_measured_once(
+    chat_model: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    flags = ["--model", str(chat_model), "--limit", "1", "--group", "style", "--group", "style"]
+    assert main(["quality", *flags]) == 0
+    assert "| style | es | 1 | " in capsys.readouterr().out
+
+
 def test_a_perfect_memory_meets_its_aim() -> None:
     cases = {c["messages"][-1]["content"]: c for c in quality.unseen(["memory"], 1)[0]}
 

@@ -44,6 +44,17 @@ def test_a_ring_takes_the_same_memory_however_long_the_text(pair: Pair) -> None:
 
 
 @torch.no_grad()
+@pytest.mark.parametrize(("window", "sinks"), [(64, 0), (60, 4), (10, 10**11), (10**11, 0)])
+def test_a_window_that_sees_the_whole_context_takes_no_more_memory_than_it(
+    pair: Pair, window: int, sinks: int
+) -> None:
+    model, ids = windowed(pair.ours, window, sinks), pair.ids(T=64)
+    cache = model.new_cache()
+    assert cache.nbytes == pair.ours.new_cache().nbytes
+    torch.testing.assert_close(in_pieces(model, ids, (40, 1, 23), cache), pair.ours(ids))
+
+
+@torch.no_grad()
 @pytest.mark.parametrize("window", [None, 30])
 def test_a_truncated_cache_goes_on_as_if_nothing_had_followed(
     pair: Pair, window: int | None

@@ -1,5 +1,6 @@
 """The program itself: one reply, a pipe, and one clear line for whatever is wrong."""
 
+import io
 import shutil
 import subprocess
 import sys
@@ -108,6 +109,19 @@ def test_a_closed_standard_input_is_an_empty_message(
     monkeypatch.setattr(sys, "stdin", None)
     assert main(["--lang", "en"]) == 2
     assert capsys.readouterr().err == "chatbot: the message is empty: write something\n"
+
+
+@pytest.mark.parametrize("flags", [["-p", "hola"], []])
+def test_a_closed_standard_output_is_one_line(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], flags: list[str]
+) -> None:
+    monkeypatch.setattr(sys, "stdin", io.StringIO())
+    monkeypatch.setattr(sys.stdin, "isatty", lambda: True)
+    monkeypatch.setattr(sys, "stdout", None)
+    assert main([*flags, "--lang", "en"]) == 2
+    assert capsys.readouterr().err == (
+        "chatbot: standard output is closed: send it to a terminal, a file or a pipe\n"
+    )
 
 
 def test_advice_of_the_model_that_cannot_be_followed_names_its_file(

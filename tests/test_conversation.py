@@ -1,7 +1,7 @@
 """The chat without a terminal: what fits, what leaves, what is kept."""
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
@@ -145,6 +145,22 @@ def test_undo_and_regenerate() -> None:
         conversation.regenerate()
 
 
+@pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError, ValueError])
+def test_a_reply_that_cannot_be_replaced_stays(
+    monkeypatch: pytest.MonkeyPatch, error: type[BaseException]
+) -> None:
+    conversation = talk(Scripted(["one"]))
+    list(conversation.reply("a"))
+
+    def fail(*_: object) -> None:
+        raise error
+
+    monkeypatch.setattr(Scripted, "render", fail)
+    with pytest.raises(error):
+        conversation.regenerate()
+    assert conversation.turns == [Turn("a", "one")]
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [("  ", "the message is empty"), ("a\udcffb", r"not valid UTF-8 \(at character 1\)")],
@@ -164,6 +180,44 @@ def test_the_costs_add_up_to_the_prompt() -> None:
     assert sum(conversation.costs()) == len(whole) - len(frame)
 
 
+def test_as_many_late_turns_stay_as_fit() -> None:
+    turns = [Turn("u" * size, "a") for size in (1, 5, 2, 8, 1, 1, 3)]
+    firsts = set()
+    for context_length in range(30, 100):
+        engine = Scripted([], context_length)
+        conversation = talk(engine, max_new_tokens=2)
+        conversation.restart(system="S", turns=turns)
+        prompts = [
+            engine.render([*conversation.messages(first), {"role": "user", "content": "hi"}])
+            for first in range(len(turns) + 1)
+        ]
+        fitting = [len(prompt) <= context_length - conversation.room for prompt in prompts]
+        first = fitting.index(True)
+        assert conversation.fit("hi") == (prompts[first], first)
+        firsts.add(first)
+    assert len(firsts) == len(turns)
+
+
+@pytest.mark.parametrize("work", [lambda conversation: conversation.fit("hi"), Conversation.costs])
+def test_a_conversation_twice_as_long_is_about_twice_the_work(
+    work: Callable[[Conversation], object],
+) -> None:
+    def rendered(turns: int) -> int:
+        messages = []
+
+        class Counting(Scripted):
+            def render(self, given: Sequence[dict[str, str]]) -> list[int]:
+                messages.extend(given)
+                return super().render(given)
+
+        conversation = talk(Counting([]))
+        conversation.restart(system="", turns=[Turn("u", "a")] * turns)
+        work(conversation)
+        return len(messages)
+
+    assert rendered(400) < 3 * rendered(200)
+
+
 def test_a_saved_conversation_goes_on(tmp_path: Path) -> None:
     conversation = talk(Scripted(["ñandú"]), system="S")
     list(conversation.reply("¿qué?"))
@@ -175,6 +229,23 @@ def test_a_saved_conversation_goes_on(tmp_path: Path) -> None:
     page = (tmp_path / "c.md").read_text(encoding="utf-8")
     assert "**Tú**: ¿qué?" in page
     assert "**tutor**: ñandú" in page
+
+
+@pytest.mark.parametrize("content", ["# minigpt\n", "", "{}"])
+def test_only_a_saved_conversation_is_replaced_by_another(tmp_path: Path, content: str) -> None:
+    conversation = talk(Scripted(["one"]))
+    path = tmp_path / "c.json"
+    storage.save(conversation, path)
+    list(conversation.reply("a"))
+    storage.save(conversation, path)
+    assert storage.load(conversation, path) == 1
+    path.write_text(content)
+    with pytest.raises(
+        ChatError, match="exists and cannot be read as a saved conversation: choose"
+    ):
+        storage.save(conversation, path)
+    assert path.read_text() == content
+    assert list(tmp_path.iterdir()) == [path]
 
 
 @pytest.mark.parametrize(

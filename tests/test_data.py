@@ -21,6 +21,7 @@ from minigpt import GPT, GPTConfig, Tokenizer, batches, corpus
 from minigpt import data as ours
 from minigpt.batches import Batches, Causal, Masked, mask_chunks, seeded
 from minigpt.optimize import summed_loss
+from minigpt.tokenizer import WORD
 
 BOTH = pytest.mark.parametrize("side", ["minigpt", "hf_bridge"])
 ROWS = [{"input_ids": list(range(10 * i, 10 * i + 3 + i))} for i in range(5)]
@@ -65,7 +66,8 @@ def test_a_file_is_a_document_and_so_is_a_line_of_jsonl(tmp_path):
         assert read(side, tmp_path / "b.txt") == ["uno\ndos"]
 
 
-def test_the_pieces_of_a_file_have_the_tokens_of_the_whole(tmp_path, monkeypatch, tokenizer):
+@pytest.mark.parametrize("ascii_only", [False, True])
+def test_the_pieces_of_a_file_have_the_tokens_of_the_whole(ascii_only, tmp_path, monkeypatch):
     random = Random(0)
     signs = [
         " ",
@@ -82,16 +84,20 @@ def test_the_pieces_of_a_file_have_the_tokens_of_the_whole(tmp_path, monkeypatch
         "12",
         "日",
         ".",
+        "\x07",
+        "´",
     ]
     for block in (7, 64):
         monkeypatch.setattr(corpus, "BLOCK", block)
         for _ in range(30):
             text = "".join(random.choices(signs, k=200))
             (tmp_path / "a.txt").write_bytes(text.encode())
-            (pieces,) = map(list, corpus.read_documents(tmp_path / "a.txt"))
-            assert "".join(pieces) == corpus.clean(text)
-            ids = list(chain.from_iterable(map(tokenizer.encode, pieces)))
-            assert ids == tokenizer.encode(corpus.clean(text))
+            documents = corpus.read_documents(tmp_path / "a.txt", ascii_only=ascii_only)
+            (pieces,) = map(list, documents)
+            whole = corpus.clean(text, ascii_only=ascii_only)
+            assert "".join(pieces) == whole
+            # Tokens are made inside of words: whatever the merges, equal words are equal tokens.
+            assert list(chain.from_iterable(map(WORD.findall, pieces))) == WORD.findall(whole)
             assert len(pieces) > 3
 
 
@@ -125,6 +131,16 @@ def test_corpora_that_are_none_are_refused(side, tmp_path):
         read(side, tmp_path / "nowhere")
     with pytest.raises(ValueError, match=r"holds no text: no file ends in \.txt, \.md, \.jsonl"):
         read(side, tmp_path)
+
+
+@BOTH
+def test_an_empty_path_is_not_the_working_directory(side, tmp_path, monkeypatch):
+    (tmp_path / "a.txt").write_text("uno")
+    monkeypatch.chdir(tmp_path)
+    assert read(side, Path(".")) == ["uno"]
+    module = corpus if side == "minigpt" else their_corpus
+    with pytest.raises(ValueError, match="no file or directory '': check the path"):
+        module.find_files("")
 
 
 @BOTH
@@ -407,6 +423,16 @@ def test_static_masking_hides_10_percent_of_the_chunks_whole_and_is_the_librarys
     for rate in (0.0, 1.0):
         ends = mask_chunks(rows[:5], mask_token_id=9999, rate=rate)
         assert all((row["labels"][0] != -100) == bool(rate) for row in ends)
+
+
+@BOTH
+@pytest.mark.parametrize("name, wrong", [("pad_token_id", 60), ("mask_token_id", -1)])
+def test_padding_and_mask_are_words_of_the_vocabulary(side, name, wrong):
+    module = batches if side == "minigpt" else their_batches
+    options = {"pad_token_id": 0, "mask_token_id": 59, "vocab_size": 60, name: wrong}
+    message = rf"{name} must be in \[0, 60\), the vocabulary, got {wrong}"
+    with pytest.raises(ValueError, match=message):
+        module.Masked(**options)
 
 
 @BOTH

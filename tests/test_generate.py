@@ -169,6 +169,22 @@ def test_what_cannot_be_is_refused_before_any_forward(
 
 
 @pytest.mark.parametrize("side", [minigpt, hf_bridge])
+def test_a_cache_that_cannot_hold_the_reply_is_refused_before_any_forward(
+    pair: Pair, side: ModuleType
+) -> None:
+    model, ids = side.GPT.from_pretrained(pair.folder), pair.ids(T=3)
+    cache = model.new_cache(capacity=4)
+    message = "needs room for 5 tokens, but the context holds 4"
+    with pytest.raises(side.ContextOverflow, match=message):
+        side.stream(model, ids, cache=cache, max_new_tokens=3)
+    assert cache.length == 0
+    with pytest.raises(ValueError, match=r"as the cache, 2, got 1: new_cache\(1\) makes"):
+        side.stream(model, ids, cache=model.new_cache(2))
+    # The last token is drawn but never read: the cache needs no room for it.
+    assert len(list(side.stream(model, ids, cache=cache, max_new_tokens=2))) == 2
+
+
+@pytest.mark.parametrize("side", [minigpt, hf_bridge])
 @pytest.mark.parametrize("shape", [(1, 6), (2, 3), (2, 9), (6,)])
 def test_a_mask_of_another_shape_is_refused_as_the_model_refuses_it(
     pair: Pair, side: ModuleType, shape: tuple[int, ...]

@@ -268,13 +268,33 @@ def test_a_system_prompt_can_be_taken_away(
 
 @pytest.mark.parametrize(
     ("changes", "told"),
-    [([], 1), (["/set temperature 1"], 0), (["/set temperature 1", "/seed 1"], 1)],
+    [
+        (["hola"], 1),
+        (["/set temperature 1", "hola"], 0),
+        (["/set temperature 1", "/seed 1", "hola"], 1),
+        (["hola", "/set temperature 3", "/seed 5"], 0),  # repeatable from now on, but another
+    ],
 )
 def test_a_reply_that_can_only_be_the_same_again_says_so(
     chat_model: Path, monkeypatch: pytest.MonkeyPatch, changes: list[str], told: int
 ) -> None:
-    _, shown = talk(chat_model, monkeypatch, *changes, "hola", "/regen", EOFError)
+    _, shown = talk(chat_model, monkeypatch, *changes, "/regen", EOFError)
     assert shown.count("the same reply, as set") == told
+
+
+def test_the_end_of_the_input_ends_a_message_of_several_lines_and_not_the_conversation(
+    chat_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    code, shown = talk(chat_model, monkeypatch, '"""first', "second", EOFError, "/undo", EOFError)
+    assert code == 0
+    assert "Taken back: first\nsecond\n" in shown
+
+
+def test_a_broken_byte_in_a_command_is_told_as_text_that_can_be_written(
+    chat_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _, shown = talk(chat_model, monkeypatch, "/caf\udce9 x", EOFError)
+    assert b"unknown command /caf\xef\xbf\xbd:" in shown.encode()
 
 
 def test_what_a_model_writes_cannot_steer_the_terminal(

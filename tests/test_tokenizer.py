@@ -145,6 +145,8 @@ def test_vocab_and_merges_files_read_as_tokenizer_json(ours: Tokenizer, tmp_path
     read = Tokenizer.from_pretrained(tmp_path)
     assert (read.vocab, read.merges) == (ours.vocab, ours.merges)
     assert read.eos_token_id == ours.eos_token_id == 0
+    bridge, text = BridgeTokenizer.from_pretrained(tmp_path), " ".join(CORPORA["prose"])
+    assert bridge.encode(text) == ours.encode(text)
 
 
 def test_what_is_saved_is_read_again(tokenizer: Tokenizer, tmp_path: Path) -> None:
@@ -210,6 +212,8 @@ def older(folder: Path, merges: bytes) -> None:
         (spoil("tokenizer_config.json", b"[]"), r"is damaged \("),
         (spoil("tokenizer_config.json", b'{"eos_token": "<|no|>"}'),
          r"eos_token must be one of the special tokens, got '<\|no\|>'"),
+        (spoil("tokenizer_config.json", b'{"add_prefix_space": true}'),
+         "tokenizer_config.json: add_prefix_space must be false, this is another tokenizer"),
         (spoil("chat_template.jinja", b"\xff\xfe"), r"is damaged \("),
         (lambda f: change(f, "model", "type", "WordPiece"), "must be a byte-level BPE as GPT-2's"),
         (lambda f: change(f, "model", "ignore_merges", True), "must be a byte-level BPE"),
@@ -253,6 +257,18 @@ def test_an_end_token_that_is_only_named_is_special(
     assert read.eos_token_id not in read.encode("<|endoftext|>")
     with pytest.raises(ValueError, match="eos_token must be one of the special tokens, got 'x'"):
         side(ours.vocab, ours.merges, eos_token="x")
+
+
+@pytest.mark.parametrize("side", [Tokenizer, BridgeTokenizer], ids=["minigpt", "hf_bridge"])
+def test_an_end_token_in_the_vocabulary_needs_no_name(
+    ours: Tokenizer, tmp_path: Path, side: type
+) -> None:
+    ours.save_pretrained(tmp_path)
+    change(tmp_path, "", "added_tokens", [])
+    (tmp_path / "tokenizer_config.json").unlink()
+    read = side.from_pretrained(tmp_path)
+    assert (read.eos_token, read.eos_token_id) == ("<|endoftext|>", 0)
+    assert read.special_tokens == ours.special_tokens
 
 
 BOTH = pytest.mark.parametrize(
@@ -303,12 +319,14 @@ def test_the_bridge_refuses_ids_that_its_library_would_change(ours: Tokenizer) -
         BridgeTokenizer(ours.vocab, ours.merges, {"<|b|>": 999})
 
 
-def test_of_several_templates_the_default_is_read(ours: Tokenizer, tmp_path: Path) -> None:
+@pytest.mark.parametrize("side", [Tokenizer, BridgeTokenizer], ids=["minigpt", "hf_bridge"])
+def test_of_several_templates_the_default_is_read_or_none(
+    ours: Tokenizer, tmp_path: Path, side: type
+) -> None:
     ours.save_pretrained(tmp_path)
     several = [{"name": "tools", "template": "a"}, {"name": "default", "template": "b"}]
     path = tmp_path / "tokenizer_config.json"
     path.write_text(json.dumps({"chat_template": several}))
-    assert Tokenizer.from_pretrained(tmp_path).chat_template == "b"
+    assert side.from_pretrained(tmp_path).chat_template == "b"
     path.write_text(json.dumps({"chat_template": several[:1]}))
-    with pytest.raises(ValueError, match=r"is damaged \(no 'default'\)"):
-        Tokenizer.from_pretrained(tmp_path)
+    assert side.from_pretrained(tmp_path).chat_template is None

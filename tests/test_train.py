@@ -258,6 +258,17 @@ def test_a_mask_with_a_hole_has_no_loss(side, hole, tmp_path):
         step.summed_loss(model, {"input_ids": ids, "labels": ids, "attention_mask": mask})
 
 
+@pytest.mark.parametrize("side", SIDES)
+def test_a_loss_is_of_tokens_in_the_vocabulary_that_fit_the_context(side, tmp_path):
+    step, model = opened(side, tmp_path)
+    for ids, message in [
+        (torch.tensor([[1, 61]]), r"token ids must be in \[0, 61\), the vocabulary, got 61"),
+        (torch.ones(1, 17).long(), "needs room for 17 tokens, but the context holds 16"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            step.summed_loss(model, {"input_ids": ids, "labels": ids})
+
+
 def test_our_schedule_is_transformers_cosine_with_a_floor():
     config = TrainConfig(max_steps=40, learning_rate=0.5, warmup_steps=7, min_lr_rate=0.2)
     optimizer = torch.optim.SGD([torch.zeros(1)], lr=0.5)
@@ -503,6 +514,29 @@ def test_resuming_needs_a_checkpoint(tmp_path):
                 resume_from_checkpoint=True,
                 progress=False,
             )
+
+
+@pytest.mark.parametrize("side", SIDES)
+def test_a_checkpoint_that_is_damaged_or_of_another_program_is_refused(side, tmp_path):
+    module = train_step if side == "minigpt" else hf_bridge.train
+
+    def run(resume: bool) -> None:
+        model = new_model() if side == "minigpt" else HF(new_model_hf_config())
+        config = module.TrainConfig(max_steps=1, save_steps=1)
+        options = {"output_dir": tmp_path, "resume_from_checkpoint": resume, "progress": False}
+        module.train(model, batches, config, **options)
+
+    run(False)
+    checkpoint = tmp_path / "checkpoint-1"
+    for file in [*checkpoint.glob("*.safetensors"), *checkpoint.glob("*.pt")]:
+        whole = file.read_bytes()
+        file.write_bytes(whole[: len(whole) // 2])
+        with pytest.raises(ValueError, match=r"checkpoint-1.* is damaged \(.*\): begin anew in"):
+            run(True)
+        file.write_bytes(whole)
+    next(checkpoint.glob("*state.json")).unlink()
+    with pytest.raises(ValueError, match=r"state.json is missing: .*checkpoint-1 is of another"):
+        run(True)
 
 
 def new_model_hf_config():

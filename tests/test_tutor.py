@@ -30,7 +30,7 @@ from chatbot.tutor.embeddings import learn_embeddings
 from chatbot.tutor.grow import grow
 from chatbot.tutor.rows import DECIDED, DECIDED_LATER, EXCHANGES, Rows
 from chatbot.tutor.start import start_copying, start_embeddings
-from minigpt import GPT, GPTConfig, Tokenizer
+from minigpt import GPT, GPTConfig, Tokenizer, quant
 from minigpt.train import TrainConfig
 
 # Whoever changes a held-out file changes what the tutor's scores mean: not by accident.
@@ -469,6 +469,7 @@ def test_a_training_goes_on_from_a_tutor(tmp_path: Path) -> None:
     ("flags", "message"),
     [("--steps 0", "max_steps must be at least 1"), ("--seed -1", "seed must be")]
     + [("--start no/such/tutor", "no/such/tutor"), ("--layers 1", "must be at least 2")]
+    + [("--output pyproject.toml", "is a file: give a directory")]
     + [(f"--start {TUTOR} --layers 99", "layers can have"), ("--layers 0", "at least 2")]
     + [("--device cuda", "torch finds no such GPU here, use cpu")]
     * (not torch.cuda.is_available()),
@@ -499,26 +500,46 @@ def test_a_grown_model_computes_the_same_and_learns_in_its_new_layers(layers: in
     assert all(weight.grad is not None and weight.grad.any() for weight in outputs)
 
 
-def test_a_model_that_is_no_tutor_is_refused_as_a_start(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("quantized", "message"),
+    [
+        (False, r"has the special tokens .*<\|assistant\|> and"),
+        (True, "is quantized: give the tutor that it was made of"),
+    ],
+)
+def test_a_model_that_cannot_go_on_is_refused_as_a_start(
+    tmp_path: Path, quantized: bool, message: str
+) -> None:
     tokenizer = training.train_tokenizer(["no roles"], vocab_size=260, special_tokens=("<|end|>",))
     tokenizer.save_pretrained(tmp_path)
-    GPT(GPTConfig(vocab_size=260, n_positions=512, n_embd=4, n_layer=1, n_head=1)).save_pretrained(
-        tmp_path
-    )
-    with pytest.raises(ValueError, match=r"has the special tokens .*<\|assistant\|> and"):
+    model = GPT(GPTConfig(vocab_size=260, n_positions=512, n_embd=64, n_layer=1, n_head=1))
+    if quantized:
+        quant.save(quant.quantize(model, progress=False), tmp_path)
+    else:
+        model.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=message):
         training.read_tutor(str(tmp_path), None)
 
 
 def test_a_training_says_in_the_card_where_the_weights_are_from(tmp_path: Path) -> None:
     card = tmp_path / "README.md"
     card.write_text((TUTOR / "README.md").read_text("utf-8"), "utf-8")
-    training.tell_card(card, "--steps 7 --seed 8")
-    told = card.read_text("utf-8")
-    weights = told.partition("<!-- weights -->\n")[2].partition("<!-- /weights -->")[0]
-    assert weights == (
-        "**These weights** are from one run of `python -m chatbot.tutor --steps 7 --seed 8`.\n"
+    model = GPT(GPTConfig(vocab_size=4096, n_positions=512, n_embd=256, n_layer=2, n_head=4))
+
+    def told(flags: str) -> str:
+        training.tell_card(card, training.parser().parse_args(flags.split()), model)
+        page = card.read_text("utf-8")
+        assert "![loss per step](loss.png)" in page and "## How good it is" in page
+        return page.partition("<!-- weights -->\n")[2].partition("<!-- /weights -->")[0]
+
+    first = (
+        "**These weights** (2 layers, 2.8 million parameters) are from one run of "
+        "`python -m chatbot.tutor --start=C:\\1 --steps=7 --seed=8`.\n"
     )
-    assert "![loss per step](loss.png)" in told and "## How good it is" in told
+    assert told(r"--start C:\1 --steps 7 --seed 8").replace("'", "") == first
+    then = told(f"--start {tmp_path} --layers 2 --steps 9")  # the tutor of this very card goes on
+    assert then.replace("'", "").startswith(first + "Then (2 layers")
+    assert then.endswith("--layers=2 --steps=9 --seed=0`.\n")
 
 
 # --- the model ----------------------------------------------------------------------------------

@@ -24,7 +24,6 @@ def wrapped(text: str, width: int, size: int) -> str:
 @pytest.mark.parametrize("width", [1, 5, 20, 80])
 def test_pieces_make_no_difference_to_words_and_lose_nothing_but_spaces(width: int) -> None:
     spaced = re.sub(r"[\u4e00-\u9fff，。]", "", TEXT)  # a sign alone may be a piece of a line
-    spaced = " ".join(word for word in spaced.split(" ") if len(word) <= width)
     whole = wrapped(spaced, width, len(spaced) + 1)
     for size in range(1, 12):
         assert wrapped(spaced, width, size) == whole
@@ -46,6 +45,12 @@ def test_line_breaks_of_the_text_stay_and_so_do_its_indents() -> None:
     assert wrapped("12345 \n789", 5, 2) == "12345\n789"
 
 
+def test_a_word_longer_than_the_screen_is_broken_by_the_screen_alone() -> None:
+    wrap = WordWrap(10)
+    pieces = [wrap.feed(piece) for piece in ("a ", "bcdefghijkl", "mno", "pq r", " st", " u vwx ")]
+    assert "".join(pieces) + wrap.flush() == "a\nbcdefghijklmnopq r\nst u vwx"
+
+
 def test_signs_of_two_columns_are_shown_at_once_and_counted_as_two() -> None:
     wrap = WordWrap(6)
     assert [wrap.feed(sign) for sign in "你好世界"] == ["你", "好", "世", "\n界"]
@@ -59,6 +64,10 @@ def test_a_word_is_shown_when_it_has_ended_and_not_before() -> None:
         "attention",
         " is",
     ]
+
+
+def test_what_cannot_be_written_is_not_printed() -> None:
+    assert printable("\ud800caf\udce9\udfff") == "\ufffdcaf\ufffd\ufffd"
 
 
 def test_what_steers_a_terminal_is_not_printed() -> None:

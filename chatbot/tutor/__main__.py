@@ -6,7 +6,7 @@ a run that broke off goes on where it was when it is called again.
 
 import argparse
 import math
-import re
+import shlex
 import shutil
 import sys
 from collections.abc import Sequence
@@ -22,6 +22,7 @@ from chatbot.tutor.rows import AGAIN, PHASES, STEPS, STEPS_AGAIN, Rows
 from chatbot.tutor.start import head_size, start_copying, start_embeddings
 from minigpt import GPT, GPTConfig, Tokenizer
 from minigpt.files import write_json
+from minigpt.quant_linear import Quantized
 from minigpt.runs import find_checkpoint
 from minigpt.tokenizer import train as train_tokenizer
 from minigpt.train import Record, TrainConfig, count_tokens, summed_loss, train
@@ -58,6 +59,8 @@ def make(options: argparse.Namespace) -> None:
         options.steps = STEPS_AGAIN if again else STEPS
     if not again and options.layers is not None and options.layers < 2:
         raise ValueError("--layers must be at least 2: the heads that copy are in two layers")
+    if options.output.is_file():
+        raise ValueError(f"--output {options.output} is a file: give a directory")
     config = training_config(options)
     dialogues = corpus.read()
     broken_off = find_checkpoint(options.runs)
@@ -86,9 +89,7 @@ def make(options: argparse.Namespace) -> None:
     )
     save(model, tokenizer, options.output)
     draw_curve(history, options.output / "loss.png")
-    given = {name: getattr(options, name) for name in ("start", "layers", "steps", "seed")}
-    flags = " ".join(f"--{name} {value}" for name, value in given.items() if value is not None)
-    tell_card(options.output / "README.md", flags)
+    tell_card(options.output / "README.md", options, model)
     if (done := find_checkpoint(options.runs)) is not None:
         shutil.rmtree(done)  # the next run is a new one
     print(f"wrote {options.output}")
@@ -169,6 +170,8 @@ def read_tutor(name: str, layers: int | None) -> tuple[GPT, Tokenizer]:
     tokenizer = Tokenizer.from_pretrained(name)
     model = GPT.from_pretrained(name, dtype=torch.float32)
     missing = [token for token in corpus.SPECIAL_TOKENS if token not in tokenizer.special_tokens]
+    if any(isinstance(part, Quantized) for part in model.modules()):
+        raise ValueError(f"--start {name} is quantized: give the tutor that it was made of")
     if missing or model.config.n_positions < CONTEXT:
         raise ValueError(
             f"--start {name}: a tutor has the special tokens {' '.join(corpus.SPECIAL_TOKENS)} "
@@ -202,12 +205,28 @@ def save(model: GPT, tokenizer: Tokenizer, folder: Path) -> None:
     write_json(folder / "generation_config.json", {**greedy, "pad_token_id": eos})
 
 
-def tell_card(card: Path, flags: str) -> None:
-    """Say in the model card, between its marks, where the weights are from."""
-    if card.is_file():
-        told = f"**These weights** are from one run of `python -m chatbot.tutor {flags}`.\n"
-        marked = r"(?s)(?<=<!-- weights -->\n).*?(?=<!-- /weights -->)"
-        card.write_text(re.sub(marked, told, card.read_text("utf-8")), "utf-8")
+def tell_card(card: Path, options: argparse.Namespace, model: GPT) -> None:
+    """Say in the model card, between its marks, what the weights are and where they are from.
+
+    What went before a tutor that went on stands there already, and stays.
+    """
+    if not card.is_file():
+        return
+    given = {name: getattr(options, name) for name in ("start", "layers", "steps", "seed")}
+    flags = [f"--{name}={value}" for name, value in given.items() if value is not None]
+    command = f"`python -m chatbot.tutor {shlex.join(flags)}`"
+    text = card.read_text("utf-8")
+    before, mark, rest = text.partition("<!-- weights -->\n")
+    told, end, after = rest.partition("<!-- /weights -->")
+    layers, millions = model.config.n_layer, sum(p.numel() for p in model.parameters()) / 1e6
+    size = f"{layers} layers, {millions:.1f} million parameters"
+    went_on = options.start is not None and Path(options.start).resolve() == card.parent.resolve()
+    history = (
+        f"{told}Then ({size}): {command}.\n"
+        if went_on
+        else f"**These weights** ({size}) are from one run of {command}.\n"
+    )
+    card.write_text(f"{before}{mark}{history}{end}{after}" if end else text, "utf-8")
 
 
 def draw_curve(history: Sequence[Record], path: Path) -> None:

@@ -2,8 +2,8 @@
 
     conversations -> a row of ids, and of labels: -100 where the user or the system speaks
 
-A reply is decided in its first tokens; the others follow from these and from the weights. So the
-first phase breaks long replies off, and sees more questions for the same work.
+A reply is decided in its first tokens; the others follow from these and from the weights. So long
+replies are broken off, at first all of them, and more questions are seen for the same work.
 """
 
 import math
@@ -85,7 +85,7 @@ PHASES = (
         styled=0.4,
     ),
 )
-# A model that can talk goes on from here, in whole conversations at once.
+# A model that can talk goes on from here: mostly in conversations, from the first step.
 AGAIN = (
     Phase(
         end=0.55,
