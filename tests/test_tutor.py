@@ -383,7 +383,8 @@ def test_embeddings_start_as_a_bag_of_words_that_tells_topics_apart(trained: Tok
 
 def test_the_heads_that_start_the_copying_find_what_came_after_the_same_token() -> None:
     """Of 20 tokens drawn by chance and then said again, before any training."""
-    model = training.new_model(Tokenizer.from_pretrained(TUTOR), seed=0).eval()
+    options = training.parser().parse_args([])
+    model = training.new_model(Tokenizer.from_pretrained(TUTOR), options).eval()
     generator = torch.Generator().manual_seed(1)
     some = torch.randint(300, 4000, (8, 20), generator=generator)
     ids = torch.cat([some, some], dim=1)

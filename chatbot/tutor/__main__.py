@@ -129,10 +129,7 @@ def training_config(options: argparse.Namespace) -> TrainConfig:
 
 
 def new_tutor(dialogues: corpus.Dialogues, options: argparse.Namespace) -> tuple[GPT, Tokenizer]:
-    """A tokenizer of every line, and a model that has not learned yet: see start.py.
-
-    256 wide, of 4 layers if not told otherwise: 4.3 M parameters.
-    """
+    """A model that has not learned yet, and a tokenizer of every line."""
     print(
         f"{len(dialogues.topics)} topics; learning a tokenizer of {VOCAB_SIZE} tokens", flush=True
     )
@@ -140,6 +137,11 @@ def new_tutor(dialogues: corpus.Dialogues, options: argparse.Namespace) -> tuple
         corpus.texts(dialogues), vocab_size=VOCAB_SIZE, special_tokens=corpus.SPECIAL_TOKENS
     )
     tokenizer.chat_template = corpus.CHAT_TEMPLATE
+    return new_model(tokenizer, options), tokenizer
+
+
+def new_model(tokenizer: Tokenizer, options: argparse.Namespace) -> GPT:
+    """256 wide, of 4 layers if not told otherwise: 4.3 M parameters."""
     config = GPTConfig(
         vocab_size=VOCAB_SIZE,
         n_positions=CONTEXT,
@@ -152,7 +154,7 @@ def new_tutor(dialogues: corpus.Dialogues, options: argparse.Namespace) -> tuple
         bos_token_id=tokenizer.eos_token_id,
         eos_token_id=tokenizer.eos_token_id,
     )
-    return GPT(config, generator=torch.Generator().manual_seed(options.seed)), tokenizer
+    return GPT(config, generator=torch.Generator().manual_seed(options.seed))
 
 
 def start_weights(
