@@ -15,6 +15,7 @@ import re
 from collections.abc import Collection, Iterable, Sequence
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 from tokenizers import AddedToken, models, pre_tokenizers, trainers
 from tokenizers import Tokenizer as Backend
@@ -129,10 +130,10 @@ class Tokenizer:
         """
         folder = resolve(name_or_path)
         _check_files(folder)
-        named = folder / "tokenizer_config.json"
+        names = _read_names(folder)
         tokenizer = cls.__new__(cls)
         try:
-            eos = (read_json(named) if named.is_file() else {}).get("eos_token")
+            eos = names.get("eos_token")
             eos = eos["content"] if isinstance(eos, dict) else eos
             tokenizer.hf = GPT2TokenizerFast.from_pretrained(
                 folder, local_files_only=True, **dict.fromkeys(NAMES)
@@ -162,12 +163,17 @@ class Tokenizer:
         self.hf.save_pretrained(folder)
 
 
+def _read_names(folder: Path) -> Any:
+    """What tokenizer_config.json says; ValueError if it asks for other ids."""
+    path = folder / "tokenizer_config.json"
+    names = read_json(path) if path.is_file() else {}
+    if isinstance(names, dict) and names.get("add_prefix_space"):
+        raise ValueError(f"{path}: add_prefix_space must be false, this is another tokenizer")
+    return names
+
+
 def _check_files(folder: Path) -> None:
     """ValueError where the library would make do with what is there."""
-    named = folder / "tokenizer_config.json"
-    names = read_json(named) if named.is_file() else {}
-    if isinstance(names, dict) and names.get("add_prefix_space"):
-        raise ValueError(f"{named}: add_prefix_space must be false, this is another tokenizer")
     whole = folder / "tokenizer.json"
     if not whole.is_file():
         if not ((folder / "vocab.json").is_file() and (folder / "merges.txt").is_file()):

@@ -24,7 +24,7 @@ from chatbot.tutor.wording import (
 )
 
 LANGUAGES = ("es", "en")
-SHARES = (0.45, 0.55)  # of them: English has fewer endings that tell what a word does
+SHARES = (0.45, 0.55)  # of them: in English fewer new wordings are understood
 FOLDER = Path(__file__).parent / "dialogues"
 CHAT_TEMPLATE = (
     "{% for message in messages %}{{ '<|' + message.role + '|>' + message.content + eos_token }}"
