@@ -10,7 +10,7 @@ from pathlib import Path
 
 from chatbot.conversation import Conversation
 from chatbot.reply import Turn
-from chatbot.texts import ChatError, say
+from chatbot.texts import LANGUAGES, ChatError, say
 
 
 def save(conversation: Conversation, path: Path) -> None:
@@ -57,7 +57,12 @@ def _read(path: Path) -> tuple[str, list[Turn]]:
 
 
 def export(conversation: Conversation, path: Path, language: str, model: str) -> None:
-    """Write the conversation as Markdown, for people."""
+    """Write the conversation as Markdown, for people.
+
+    Raises ChatError for a file that is there already, unless it is an exported conversation.
+    """
+    if os.path.exists(path) and not _is_exported(path):
+        raise ChatError("page_not_replaced", path=path)
     lines = [f"# {say(language, 'conversation', model=model)}", ""]
     if conversation.system:
         lines += [f"**{say(language, 'system')}**: {conversation.system}", ""]
@@ -65,6 +70,16 @@ def export(conversation: Conversation, path: Path, language: str, model: str) ->
         lines += [f"**{say(language, 'you')}**: {turn.user}", ""]
         lines += [f"**{model}**: {turn.assistant}", ""]
     _write(path, "\n".join(lines))
+
+
+def _is_exported(path: Path) -> bool:
+    """Whether its first line is that of a page by `export`, in any language, of any model."""
+    headings = tuple(f"# {say(language, 'conversation', model='')}" for language in LANGUAGES)
+    try:
+        with path.open(encoding="utf-8") as page:
+            return page.readline().startswith(headings)
+    except (OSError, UnicodeDecodeError):
+        return False
 
 
 def _write(path: Path, text: str) -> None:

@@ -211,6 +211,10 @@ TEXTS: dict[str, tuple[str, str]] = {
         "{path} exists and cannot be read as a saved conversation: choose another name",
         "{path} existe y no se puede leer como conversación guardada: elige otro nombre",
     ),
+    "page_not_replaced": (
+        "{path} exists and is no exported conversation: choose another name",
+        "{path} existe y no es una conversación exportada: elige otro nombre",
+    ),
     "no_output": (
         "standard output is closed: send it to a terminal, a file or a pipe",
         "la salida estándar está cerrada: envíala a una terminal, un archivo o una tubería",

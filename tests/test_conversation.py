@@ -231,6 +231,23 @@ def test_a_saved_conversation_goes_on(tmp_path: Path) -> None:
     assert "**tutor**: ñandú" in page
 
 
+@pytest.mark.parametrize("content", [b"# minigpt\n", b"", b"\xff\n"])
+def test_only_an_exported_page_is_replaced_by_another(tmp_path: Path, content: bytes) -> None:
+    conversation = talk(Scripted(["one", "two"]))
+    path = tmp_path / "c.md"
+    list(conversation.reply("a"))
+    storage.export(conversation, path, "es", "tutor")
+    list(conversation.reply("b"))
+    storage.export(conversation, path, "en", "another")
+    assert "**another**: two" in path.read_text(encoding="utf-8")
+    path.write_bytes(content)
+    with pytest.raises(ChatError, match="exists and is no exported conversation: choose another"):
+        storage.export(conversation, path, "es", "tutor")
+    with pytest.raises(ChatError, match="exists and is no exported"):
+        storage.export(conversation, tmp_path, "es", "tutor")
+    assert path.read_bytes() == content
+
+
 @pytest.mark.parametrize("content", ["# minigpt\n", "", "{}"])
 def test_only_a_saved_conversation_is_replaced_by_another(tmp_path: Path, content: str) -> None:
     conversation = talk(Scripted(["one"]))
