@@ -23,7 +23,7 @@ from hf_bridge import lora, peft_files
 from hf_bridge.config import GPTConfig
 from hf_bridge.files import WeightsError, read_json, writing
 from hf_bridge.model import GPT
-from hf_bridge.peft_files import check, check_base
+from hf_bridge.peft_files import check, check_base, name_elsewhere
 
 CONFIG, WEIGHTS = "bottleneck_config.json", "bottleneck_model.safetensors"
 BASE = "base_model_name_or_path"  # as peft calls it
@@ -101,7 +101,9 @@ def save(model: GPT, folder: str | Path, *, base_model: str | None = None) -> No
         raise ValueError("the model has no bottleneck adapters: adapt it or load some first")
     tensors = {name: p.detach().contiguous() for name, p in _own(model, config).items()}
     check(tensors, {name: tuple(tensor.shape) for name, tensor in tensors.items()})
-    settings = json.dumps({**asdict(config), BASE: base_model}, indent=2, ensure_ascii=False)
+    settings = json.dumps(
+        {**asdict(config), BASE: name_elsewhere(base_model)}, indent=2, ensure_ascii=False
+    )
     with writing(Path(folder)) as part:
         save_file(tensors, part / WEIGHTS, metadata={"format": "pt"})
         (part / CONFIG).write_text(settings + "\n", "utf-8")

@@ -47,7 +47,8 @@ def write(
     if settings.qkv != "qkv":  # here, since peft warns about fields that it does not know
         metadata["qkv"] = settings.qkv
     settings = copy.copy(settings)
-    settings.inference_mode, settings.base_model_name_or_path = True, base_model
+    settings.inference_mode = True
+    settings.base_model_name_or_path = name_elsewhere(base_model)
     with writing(folder) as part:
         whole = {name: tensor.contiguous() for name, tensor in tensors.items()}
         save_file(whole, part / WEIGHTS, metadata=metadata)
@@ -119,6 +120,13 @@ def _check_config(path: Path, base_model: str | None) -> None:
     if not isinstance(published["target_modules"], list):
         targets = published["target_modules"]
         raise WeightsError(f"{path}: target_modules must be a list of names, got {targets!r}")
+
+
+def name_elsewhere(base_model: str | None) -> str | None:
+    """A base's name for the adapter's file: "." would be another directory for whoever reads it."""
+    if base_model is not None and Path(base_model).name in ("", ".."):
+        return str(Path(base_model).resolve())
+    return base_model
 
 
 def _last(name: object) -> str:

@@ -24,7 +24,7 @@ from minigpt import lora, peft_files
 from minigpt.config import GPTConfig
 from minigpt.files import WeightsError, read_json, save_tensors, write_json
 from minigpt.model import GPT
-from minigpt.peft_files import check, check_base
+from minigpt.peft_files import check, check_base, name_elsewhere
 
 CONFIG, WEIGHTS = "bottleneck_config.json", "bottleneck_model.safetensors"
 BASE = "base_model_name_or_path"  # as peft calls it
@@ -115,7 +115,7 @@ def save(model: GPT, folder: str | Path, *, base_model: str | None = None) -> No
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     save_tensors(tensors, folder / WEIGHTS)
-    write_json(folder / CONFIG, {**asdict(config), BASE: base_model})
+    write_json(folder / CONFIG, {**asdict(config), BASE: name_elsewhere(base_model)})
 
 
 def load(

@@ -57,7 +57,11 @@ def write(
     save_tensors(named, folder / WEIGHTS, metadata=choice)
     published = {theirs: settings[ours] for ours, theirs in NAMES.items()}
     fixed = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "bias": "none"}
-    more = {"fan_in_fan_out": True, "inference_mode": True, "base_model_name_or_path": base_model}
+    more = {
+        "fan_in_fan_out": True,
+        "inference_mode": True,
+        "base_model_name_or_path": name_elsewhere(base_model),
+    }
     write_json(folder / CONFIG, {**fixed, **published, **more})
 
 
@@ -145,6 +149,13 @@ def _read_config(folder: Path, base_model: str | None) -> dict[str, Any]:
         ours: known[theirs] if ours != "targets" else tuple(sorted(known[theirs]))
         for ours, theirs in NAMES.items()
     }
+
+
+def name_elsewhere(base_model: str | None) -> str | None:
+    """A base's name for the adapter's file: "." would be another directory for whoever reads it."""
+    if base_model is not None and Path(base_model).name in ("", ".."):
+        return str(Path(base_model).resolve())
+    return base_model
 
 
 def _last(name: object) -> str:

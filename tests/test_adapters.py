@@ -268,6 +268,19 @@ def test_adapters_of_another_base_are_refused_by_name(base: Base, tmp_path: Path
         step.load(other, tmp_path, base_model="elsewhere/base")
 
 
+def test_a_base_that_was_called_a_dot_has_a_name_elsewhere(
+    base: Base, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "base").mkdir()
+    for side, step in SIDES:
+        monkeypatch.chdir(tmp_path / "base")
+        model = side.from_pretrained(base.folder)
+        step.adapt(model, width=4)
+        step.save(model, tmp_path / "adapter", base_model=".")
+        monkeypatch.chdir(tmp_path)
+        step.load(side.from_pretrained(base.folder), "adapter", base_model="elsewhere/base")
+
+
 def test_either_kind_is_known_by_its_files(base: Base, saved: Path, tmp_path: Path) -> None:
     wide = adapted_pair(base).ours
     lora.save(wide, tmp_path / "lora")

@@ -524,6 +524,21 @@ def test_a_base_is_known_by_its_directorys_name(
         step.load(side.from_pretrained(base.folder), saved, base_model=".")
 
 
+def test_a_base_that_was_called_a_dot_has_a_name_elsewhere(
+    base: Base, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "base" / "sub").mkdir(parents=True)
+    for side, step in ((GPT, lora), (hf_bridge.GPT, bridge)):
+        for inside, name in (("base", "."), ("base/sub", "..")):
+            monkeypatch.chdir(tmp_path / inside)
+            model = side.from_pretrained(base.folder)
+            step.adapt(model)
+            step.save(model, tmp_path / "adapter", base_model=name)
+            monkeypatch.chdir(tmp_path)
+            for known in ("base", "elsewhere/base"):
+                step.load(side.from_pretrained(base.folder), "adapter", base_model=known)
+
+
 def test_an_adapter_of_a_wider_base_is_refused_by_shape(saved: Path, tmp_path: Path) -> None:
     wider_base = new_base(tmp_path / "wider", n_embd=64)
     with pytest.raises(WeightsError, match=r"lora_A must be \(8, 64\) on this base, got \(8, 48\)"):
