@@ -3,7 +3,8 @@
 They were written by another hand than the dialogues. Yet "why?" occurs to everybody: a case counts
 only if none of its user messages is a line of the training files, whatever case, accents and signs,
 and none is a line with something in its {hole}: another line of these files, or, in {value} and
-{text}, where the training data invent names, any word or two.
+{text}, where the training data invent names, any word or two; nor is it one of these with what the
+training data put before or behind a message ("Hi,", "thanks").
 
 Proof: tests/test_tutor.py.
 """
@@ -16,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from chatbot.engines import TUTOR
+from chatbot.tutor.corpus import LANGUAGES, read_file
 
 FOLDER = Path(__file__).parent.parent / "tests" / "held_out"
 DIALOGUES = TUTOR / "dialogues"
@@ -47,9 +49,14 @@ class Seen:
     >>> seen = Seen(["¿Qué es {term}?", "LoRA", "Me llamo {value}."])
     >>> [seen.holds(text) for text in ("que es lora", "me llamo Zimar", "¿Qué es Zimar?", "lo")]
     [True, True, False, False]
+    >>> Seen(["LoRA"], before=["Hi,"], after=["thanks!"]).holds("hi LoRA, thanks")
+    True
     """
 
-    def __init__(self, lines: Iterable[str]):
+    def __init__(self, lines: Iterable[str], before: Iterable[str] = (), after: Iterable[str] = ()):
+        self.before, self.after = (
+            {" ".join(words_of(text)) for text in opener} for opener in (before, after)
+        )
         self.lines: set[str] = set()
         self.frames: dict[str, bool] = {}  # a line with its hole, and whether names are invented
         for line in lines:
@@ -68,11 +75,23 @@ class Seen:
             for path in sorted(folder.rglob("*.txt"))
             for line in path.read_text(encoding="utf-8").splitlines()
         )
-        return cls(line for line in lines if not line.startswith(("# ", "[")))
+        openers = read_file(folder / "openers.txt")["openers"]
+        before, after = (
+            [line for language in LANGUAGES for line in openers[f"{language} {place}"]]
+            for place in ("before", "after")
+        )
+        return cls((line for line in lines if not line.startswith(("# ", "["))), before, after)
 
     def holds(self, text: str) -> bool:
         """Whether training can show this wording."""
         words = words_of(text)
+        n = len(words)
+        starts = [i for i in range(n) if i == 0 or " ".join(words[:i]) in self.before]
+        ends = [i for i in range(1, n + 1) if i == n or " ".join(words[i:]) in self.after]
+        return any(self._holds(words[start:end]) for start in starts for end in ends if start < end)
+
+    def _holds(self, words: list[str]) -> bool:
+        """The same of bare words that nothing stands before or behind."""
         if " ".join(words) in self.lines:
             return True
         for start in range(len(words)):

@@ -4,6 +4,7 @@ import hashlib
 import json
 import re
 from dataclasses import replace
+from itertools import pairwise, product
 from pathlib import Path
 from random import Random
 
@@ -135,19 +136,53 @@ def test_replies_are_written_texts_and_both_languages_are_spoken() -> None:
         assert len(answers.intersection(replies)) > 20
 
 
-def test_invented_names_vary() -> None:
-    """A name that is copied in a reply can only be copied: there are too many to know them."""
-    acknowledged = re.compile(
+def ack_pattern(*facts: str) -> re.Pattern[str]:
+    """Matches what is said when one of these facts is told, the value in a group."""
+    return re.compile(
         "|".join(
             re.escape(line).replace(r"\{value\}", "(.+)")
             for language in LANGUAGES
-            for line in DATA.memory["name"][f"{language} ack"]
+            for fact in facts
+            for line in DATA.memory[fact][f"{language} ack"]
         )
     )
+
+
+def test_a_value_that_is_told_stands_in_the_message_whole() -> None:
+    said, dressed = ack_pattern(*DATA.memory), 0
+    before = tuple(DATA.openers["es before"] + DATA.openers["en before"])
+    for seed in range(600):
+        messages = TALK.messages(Random(seed), turns=4)
+        for user, reply in pairwise(messages):
+            if m := said.fullmatch(reply["content"]):
+                assert next(filter(None, m.groups())) in user["content"], user
+                dressed += user["content"].startswith(before)
+    assert dressed > 20
+
+
+def test_a_memory_line_loses_words_but_none_that_tells_its_fact() -> None:
+    lost = 0
+    for fact, language, kind in product(DATA.memory, LANGUAGES, ("tell", "ask")):
+        written = {line: words_of(line) for line in DATA.memory[fact][f"{language} {kind}"]}
+        whole = {" ".join(sorted(words)) for words in written.values()}
+        telling = TALK.telling_memory[language][fact]
+        assert telling
+        told = {frozenset(telling.intersection(words)) for words in written.values()}
+        for seed in range(40):
+            line = TALK._memory(Random(seed), fact, language, kind)
+            assert ("{value}" in line) == (kind == "tell")
+            assert telling.intersection(words_of(line)) in told, line
+            lost += " ".join(sorted(words_of(line))) not in whole
+    assert lost > 300
+
+
+def test_invented_names_vary() -> None:
+    """A name that is copied in a reply can only be copied: there are too many to know them."""
+    said = ack_pattern("name")
     names, told = set(), 0
     for seed in range(1500):
         for message in TALK.messages(Random(seed), turns=3):
-            if message["role"] == "assistant" and (m := acknowledged.fullmatch(message["content"])):
+            if message["role"] == "assistant" and (m := said.fullmatch(message["content"])):
                 told += 1
                 names.add(next(filter(None, m.groups())))
     assert told > 100
@@ -221,10 +256,17 @@ def test_a_wording_that_was_shown_is_noticed_in_any_dress(tmp_path: Path) -> Non
     (tmp_path / "topics").mkdir()
     (tmp_path / "topics" / "a.txt").write_text("# a\n[es named]\n¿Dónde está la atención?\n")
     (tmp_path / "b.txt").write_text("[es x]\nExplica {term}\nSoy {value}.\nLa caché KV\n{value}\n")
+    (tmp_path / "openers.txt").write_text(
+        "# openers\n[es before]\nBuenas,\n[es after]\nmil gracias\n"
+        "[en before]\nHi,\n[en after]\nthx\n"
+    )
     seen = Seen.read(tmp_path)
-    for text in ("DONDE ESTA LA ATENCION", "explica la cache kv!", "Soy Zimar", "soy Ana Paz"):
+    plain = ("DONDE ESTA LA ATENCION", "explica la cache kv!", "Soy Zimar", "soy Ana Paz")
+    dressed = ("buenas, soy Ana Paz", "explica la cache kv, ¡mil gracias!", "Hi, soy Zimar (thx)")
+    for text in (*plain, *dressed):
         assert seen.holds(text), text
-    for text in ("¿Dónde está?", "explica la poesía", "Soy quien te lo pregunta", "a", "Zimar"):
+    unlike = ("¿Dónde está?", "explica la poesía", "Soy quien te lo pregunta", "a", "Zimar")
+    for text in (*unlike, "Hola, ¿dónde está la atención?"):
         assert not seen.holds(text), text
 
 

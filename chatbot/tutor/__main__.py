@@ -148,7 +148,7 @@ def new_model(tokenizer: Tokenizer, options: argparse.Namespace) -> GPT:
         n_embd=256,
         n_layer=4 if options.layers is None else options.layers,
         n_head=4,
-        embd_pdrop=0.0,  # what it has to learn is much, and no line comes twice the same
+        embd_pdrop=0.0,  # a tutor that went on with 0.1, and more weight decay, understood less
         attn_pdrop=0.0,
         resid_pdrop=0.0,
         bos_token_id=tokenizer.eos_token_id,

@@ -8,6 +8,7 @@ greeting may stand before it.
 """
 
 import re
+from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -114,6 +115,15 @@ class Conversations:
             fact: {name: plain(lines) for name, lines in section.items()}
             for fact, section in dialogues.memory.items()
         }
+        self.telling_memory = {
+            language: telling_words(
+                {
+                    fact: [*section[f"{language} tell"], *section[f"{language} ask"]]
+                    for fact, section in dialogues.memory.items()
+                }
+            )
+            for language in LANGUAGES
+        }
 
     def messages(self, random: Random, turns: int) -> list[Message]:
         """One conversation of so many turns, after a system prompt in some of them."""
@@ -152,7 +162,7 @@ class Conversations:
         """The user's message and the right reply; the state remembers what it was about."""
         weights = {
             self._topic: 4.0 if not personal else 1.3,
-            self._unknown: 3.4 if not personal else 0.5,
+            self._unknown: 4.2 if not personal else 0.5,
             self._small_talk: 0.3 if not personal else 0.4,
             self._repeat: 0.1 if not personal else 1.0,
             self._tell: 0.5 if not personal else 2.0,
@@ -201,7 +211,7 @@ class Conversations:
 
     def _unknown(self, random: Random, state: "_State", style: str) -> tuple[str, str]:
         language, unknown = state.language, self.dialogues.unknown
-        if random.random() < 0.35:  # the frames of real questions, about something else
+        if random.random() < 0.45:  # the frames of real questions, about something else
             carriers = self.dialogues.carriers
             frames = random.choice(["negative", "named"])
             thing = random.choice(carriers[f"{language} things"])
@@ -240,23 +250,26 @@ class Conversations:
         if random.random() < 0.25:
             value = value.lower()
         state.facts[fact] = value
-        frame = relax(random, self._memory(random, fact, f"{language} tell"), 0.4)
+        frame = self._dress(random, self._memory(random, fact, language, "tell"), language)
         return frame.replace("{value}", value), self._say(section, language, "ack", value)
 
     def _ask(self, random: Random, state: "_State", style: str) -> tuple[str, str]:
         told = list(state.facts)
         fact = random.choice(told) if told and random.random() < 0.9 else self._fact(random)
         section, language = self.dialogues.memory[fact], state.language
-        user = self._dress(random, self._memory(random, fact, f"{language} ask"), language)
+        user = self._dress(random, self._memory(random, fact, language, "ask"), language)
         if fact in state.facts:
             return user, self._say(section, language, "recall", state.facts[fact])
         return user, section[f"{language} unknown"][0]
 
-    def _memory(self, random: Random, fact: str, name: str) -> str:
+    def _memory(self, random: Random, fact: str, language: str, kind: str) -> str:
         """Any line of a fact's section, but oftener a short one, as most people talk."""
+        name = f"{language} {kind}"
         short = self.plain_memory[fact][name]
-        lines = short if short and random.random() < 0.4 else self.dialogues.memory[fact][name]
-        return random.choice(lines)
+        if short and random.random() < 0.4:
+            return random.choice(short)
+        line = random.choice(self.dialogues.memory[fact][name])
+        return thin(random, line, self.telling_memory[language][fact])
 
     def _fact(self, random: Random) -> str:
         return "name" if random.random() < 0.35 else random.choice(list(self.dialogues.memory))
@@ -267,11 +280,13 @@ class Conversations:
 
     def _dress(self, random: Random, text: str, language: str) -> str:
         """A wording as somebody else would have typed it."""
-        if random.random() < 0.12:
-            before = random.choice(self.dialogues.openers[f"{language} before"])
+        openers = self.dialogues.openers
+        if random.random() < 0.25:
+            before = random.choice(openers[f"{language} before"])
             text = f"{before} {text[0].lower() + text[1:] if random.random() < 0.7 else text}"
-        if random.random() < 0.08:
-            text = f"{text} {random.choice(self.dialogues.openers[f'{language} after'])}"
+        if random.random() < 0.15:
+            after = random.choice(openers[f"{language} after"])
+            text = f"{text}{random.choice([' ', ', ', '. ']) if text[-1].isalnum() else ' '}{after}"
         return relax(random, text, 0.4)
 
 
@@ -288,6 +303,25 @@ class _State:
 def plain(lines: Sequence[str]) -> list[str]:
     """The short ones."""
     return [line for line in lines if len(line.split()) <= PLAIN]
+
+
+def telling_words(lines: dict[str, list[str]]) -> dict[str, frozenset[str]]:
+    """Of each subject's lines the words that tell it: most of those who say one are about it.
+
+    >>> telling_words({"city": ["I live in Rome", "I live here"], "age": ["I am 7", "I am 8"]})
+    {'city': frozenset({'live'}), 'age': frozenset({'am'})}
+    """
+    rates: dict[str, dict[str, float]] = defaultdict(dict)
+    for subject, those in lines.items():
+        for word, count in Counter(word for line in those for word in {*words_of(line)}).items():
+            if count > 1:  # a word said once may be of the decoration
+                rates[word][subject] = count / len(those)
+    return {
+        subject: frozenset(
+            word for word, rate in rates.items() if rate.get(subject, 0) > 0.6 * sum(rate.values())
+        )
+        for subject in lines
+    }
 
 
 def lines_by_subject(dialogues: Dialogues) -> dict[str, list[str]]:
