@@ -263,7 +263,10 @@ class Conversations:
         return user, section[f"{language} unknown"][0]
 
     def _memory(self, random: Random, fact: str, language: str, kind: str) -> str:
-        """Any line of a fact's section, but oftener a short one, as most people talk."""
+        """Any line of a fact's section, but oftener a short one, as most people talk.
+
+        Others may lose words, but none that tells which fact it is.
+        """
         name = f"{language} {kind}"
         short = self.plain_memory[fact][name]
         if short and random.random() < 0.4:
@@ -286,7 +289,8 @@ class Conversations:
             text = f"{before} {text[0].lower() + text[1:] if random.random() < 0.7 else text}"
         if random.random() < 0.15:
             after = random.choice(openers[f"{language} after"])
-            text = f"{text}{random.choice([' ', ', ', '. ']) if text[-1].isalnum() else ' '}{after}"
+            join = random.choice([" ", ", ", ". "]) if text[-1].isalnum() else " "
+            text = f"{text}{join}{after}"
         return relax(random, text, 0.4)
 
 
@@ -306,7 +310,7 @@ def plain(lines: Sequence[str]) -> list[str]:
 
 
 def telling_words(lines: dict[str, list[str]]) -> dict[str, frozenset[str]]:
-    """Of each subject's lines the words that tell it: most of those who say one are about it.
+    """The words of each subject's lines that tell it: who says one most likely speaks of it.
 
     >>> telling_words({"city": ["I live in Rome", "I live here"], "age": ["I am 7", "I am 8"]})
     {'city': frozenset({'live'}), 'age': frozenset({'am'})}
