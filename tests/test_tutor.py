@@ -25,6 +25,7 @@ from chatbot.tutor.corpus import (
     LANGUAGES,
     SPECIAL_TOKENS,
     Conversations,
+    Message,
     read,
 )
 from chatbot.tutor.embeddings import learn_embeddings
@@ -32,6 +33,7 @@ from chatbot.tutor.grow import grow
 from chatbot.tutor.rows import DECIDED, DECIDED_LATER, EXCHANGES, Rows
 from chatbot.tutor.start import start_copying, start_embeddings
 from minigpt import GPT, GPTConfig, Tokenizer, quant
+from minigpt.batches import IGNORED
 from minigpt.train import TrainConfig
 
 # Whoever changes a held-out file changes what the tutor's scores mean: not by accident.
@@ -136,14 +138,14 @@ def test_replies_are_written_texts_and_both_languages_are_spoken() -> None:
         assert len(answers.intersection(replies)) > 20
 
 
-def ack_pattern(*facts: str) -> re.Pattern[str]:
-    """Matches what is said when one of these facts is told, the value in a group."""
+def ack_pattern(*facts: str, kind: str = "ack") -> re.Pattern[str]:
+    """Matches what is said when one of these facts is told, or asked, the value in a group."""
     return re.compile(
         "|".join(
             re.escape(line).replace(r"\{value\}", "(.+)")
             for language in LANGUAGES
             for fact in facts
-            for line in DATA.memory[fact][f"{language} ack"]
+            for line in DATA.memory[fact][f"{language} {kind}"]
         )
     )
 
@@ -174,6 +176,39 @@ def test_a_memory_line_loses_words_but_none_that_tells_its_fact() -> None:
             assert telling.intersection(words_of(line)) in told, line
             lost += " ".join(sorted(words_of(line))) not in whole
     assert lost > 300
+
+
+def test_what_was_misheard_is_not_learned_and_is_known_when_asked() -> None:
+    """The replies to what the user tells are all wrong; those to the questions after it, right."""
+    acks, recalls = ack_pattern(*DATA.memory), ack_pattern(*DATA.memory, kind="recall")
+    wrong = recalled = 0
+    for seed in range(300):
+        stream = TALK.conversation(Random(seed), personal=1.0, misheard=1.0)
+        messages = [next(stream) for _ in range(17)]
+        said = ""
+        for message in messages:
+            if message["role"] == "user":
+                said += message["content"]
+            elif message["learned"]:
+                assert not acks.fullmatch(message["content"])
+                if m := recalls.fullmatch(message["content"]):
+                    assert next(filter(None, m.groups())) in said
+                    recalled += 1
+            else:
+                wrong += message["role"] == "assistant"
+    assert wrong > 300 and recalled > 300
+    heard = [TALK.messages(Random(seed), turns=8) for seed in range(100)]
+    assert all(m["learned"] == (m["role"] == "assistant") for talk in heard for m in talk)
+
+
+def test_no_token_of_what_was_misheard_is_a_label(trained: Tokenizer) -> None:
+    reply = Message(role="assistant", content="Te llamas Ana.", learned=False)
+    rows = Rows(TALK, trained, seed=0)
+    ids, labels = rows._encode(Random(0), reply, None)
+    assert "Te llamas Ana." in trained.decode(ids)
+    assert set(labels) == {IGNORED} and len(labels) == len(ids)
+    ids, labels = rows._encode(Random(0), {**reply, "learned": True}, None)
+    assert labels == [IGNORED, *ids[1:]]
 
 
 def test_invented_names_vary() -> None:

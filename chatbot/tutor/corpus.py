@@ -10,9 +10,10 @@ greeting may stand before it.
 import re
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from random import Random
+from typing import TypedDict
 
 from chatbot.tutor.wording import (
     casing,
@@ -36,7 +37,14 @@ FOLLOW_UPS = ("why", "example", "short")
 PLAIN = 4  # words of a short wording
 
 Sections = dict[str, list[str]]  # "es answer" -> its lines
-Message = dict[str, str]
+
+
+class Message(TypedDict):
+    """What is said, and by whom; `learned` if it is what the tutor should learn to say."""
+
+    role: str
+    content: str
+    learned: bool
 
 
 @dataclass(frozen=True)
@@ -134,26 +142,35 @@ class Conversations:
         return messages
 
     def conversation(
-        self, random: Random, *, personal: float = 0.35, styled: float = 0.3
+        self,
+        random: Random,
+        *,
+        personal: float = 0.35,
+        styled: float = 0.3,
+        misheard: float = 0.0,
     ) -> Iterator[Message]:
         """The messages of one conversation, which never ends.
 
         Parts of all conversations are `personal`, about the user more than about topics, and
-        `styled` by a system prompt.
+        `styled` by a system prompt. A part of what the user tells is `misheard`: the reply is
+        wrong, and not to be learned, but who is asked later should know what the user said.
         """
         state = _State(language=random.choices(LANGUAGES, SHARES)[0])
         style = self._style(random) if random.random() >= 1 - styled else None
         if style is not None:
             prompts = self.dialogues.styles[style][f"{state.language} system"]
             prompt = thin(random, random.choice(prompts))
-            yield {"role": "system", "content": relax(random, prompt, 0.3)}
+            yield Message(role="system", content=relax(random, prompt, 0.3), learned=False)
         about_user = random.random() < personal
         while True:
             if random.random() < 0.04:
                 state.language = random.choices(LANGUAGES, SHARES)[0]
             user, reply = self._turn(random, state, style or "plain", about_user)
-            yield {"role": "user", "content": user}
-            yield {"role": "assistant", "content": reply}
+            wrong = state.told is not None and random.random() < misheard
+            if wrong:
+                reply = self._misheard(random, state, user)
+            yield Message(role="user", content=user, learned=False)
+            yield Message(role="assistant", content=reply, learned=not wrong)
 
     def _style(self, random: Random) -> str:
         return random.choice(["pirate", "brief", "formal", "child", "plain"])
@@ -162,7 +179,7 @@ class Conversations:
         """The user's message and the right reply; the state remembers what it was about."""
         weights = {
             self._topic: 4.0 if not personal else 1.3,
-            self._unknown: 4.2 if not personal else 0.5,
+            self._unknown: 6.0 if not personal else 0.5,
             self._small_talk: 0.3 if not personal else 0.4,
             self._repeat: 0.1 if not personal else 1.0,
             self._tell: 0.5 if not personal else 2.0,
@@ -172,6 +189,7 @@ class Conversations:
         kind = random.choices(list(weights), list(weights.values()))[0]
         if kind not in (self._topic, self._follow_up):
             state.topic = None
+        state.told = None
         return kind(random, state, style)
 
     def _topic(self, random: Random, state: "_State", style: str) -> tuple[str, str]:
@@ -250,8 +268,33 @@ class Conversations:
         if random.random() < 0.25:
             value = value.lower()
         state.facts[fact] = value
+        state.told = fact
         frame = self._dress(random, self._memory(random, fact, language, "tell"), language)
         return frame.replace("{value}", value), self._say(section, language, "ack", value)
+
+    def _misheard(self, random: Random, state: "_State", user: str) -> str:
+        """What a tutor may say that took what it was just told for something else.
+
+        It will: an unusual wording is misunderstood one time in three. If all replies that it ever
+        read were right, it would believe its own, and not know what the user said before them.
+        """
+        assert state.told is not None
+        language, value, way = state.language, state.facts[state.told], random.random()
+        if way < 0.35:
+            return self.dialogues.unknown[f"{language} reply"][0]
+        if way < 0.5:
+            state.topic = random.choice(self.topics)
+            return self.dialogues.topics[state.topic][f"{language} answer"][0]
+        fact = self._fact(random)
+        section = self.dialogues.memory[fact]
+        if way < 0.65:
+            return section[f"{language} unknown"][0]
+        if fact == state.told or random.random() < 0.5:  # another word, or not all of this one
+            words = [word.strip(".,;:!?¡¿()") for word in user.split()]
+            others = [word for word in words if word and word not in value]
+            part = value[: random.randint(1, max(1, len(value) - 1))]
+            value = random.choice(others) if others and random.random() < 0.7 else part
+        return self._say(section, language, "ack", value)
 
     def _ask(self, random: Random, state: "_State", style: str) -> tuple[str, str]:
         told = list(state.facts)
@@ -297,11 +340,9 @@ class Conversations:
 @dataclass
 class _State:
     language: str
-    topic: str | None
-    facts: dict[str, str]
-
-    def __init__(self, language: str):
-        self.language, self.topic, self.facts = language, None, {}
+    topic: str | None = None
+    told: str | None = None  # the fact that the last message told
+    facts: dict[str, str] = field(default_factory=dict)
 
 
 def plain(lines: Sequence[str]) -> list[str]:

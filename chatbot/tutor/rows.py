@@ -21,6 +21,7 @@ STEPS_AGAIN = 8500  # of one that goes on from a tutor
 LONG = 28  # tokens; a longer reply may be broken off: hardly any that says a fact again is longer
 DECIDED = 8  # tokens, after which only one reply is left to a question alone
 DECIDED_LATER = 16  # the same in a conversation, and after a style's first words
+MISHEARD = 0.3  # of what the user tells: somewhat less than a new wording is
 
 Shapes = tuple[tuple[int, int, float], ...]  # tokens a row, rows a batch, how often
 # A question alone: a short one, a longer one, and one after a system prompt.
@@ -143,7 +144,7 @@ class Rows:
         """The first `length` tokens of a conversation; only the replies are learned."""
         decided = DECIDED_LATER if random.random() < phase.broken_off else None
         messages = self.conversations.conversation(
-            random, personal=phase.personal, styled=phase.styled
+            random, personal=phase.personal, styled=phase.styled, misheard=MISHEARD
         )
         ids: list[int] = []
         labels: list[int] = []
@@ -181,6 +182,7 @@ class Rows:
             tokens = [*self.tokenizer.encode(content), self.end]
             if len(tokens) > LONG:
                 tokens = tokens[:decided]
-            return [first, *tokens], [IGNORED, *tokens]
+            learned = tokens if message["learned"] else [IGNORED] * len(tokens)
+            return [first, *tokens], [IGNORED, *learned]
         tokens = [first, *self.pieces.encode(random, content), self.end]
         return tokens, [IGNORED] * len(tokens)
