@@ -4,7 +4,8 @@ They were written by another hand than the dialogues. Yet "why?" occurs to every
 only if none of its user messages is a line of the training files, whatever case, accents and signs,
 and none is a line with something in its {hole}: another line of these files, or, in {value} and
 {text}, where the training data invent names, any word or two; nor is it one of these with what the
-training data put before or behind a message ("Hi,", "thanks").
+training data put before or behind a message ("Hi,", "thanks"), or in the place of its words ("dog"
+for "cat").
 
 Proof: tests/test_tutor.py.
 """
@@ -51,17 +52,27 @@ class Seen:
     [True, True, False, False]
     >>> Seen(["LoRA"], before=["Hi,"], after=["thanks!"]).holds("hi LoRA, thanks")
     True
+    >>> Seen(["My dog is {value}"], alike=["dog cat"]).holds("My cat is Zimar")
+    True
     """
 
-    def __init__(self, lines: Iterable[str], before: Iterable[str] = (), after: Iterable[str] = ()):
+    def __init__(
+        self,
+        lines: Iterable[str],
+        before: Iterable[str] = (),
+        after: Iterable[str] = (),
+        alike: Iterable[str] = (),
+    ):
+        groups = [words_of(group) for group in alike]
+        self.first = {word: group[0] for group in groups for word in group}  # of those alike
         self.before, self.after = (
-            {" ".join(words_of(text)) for text in opener} for opener in (before, after)
+            {" ".join(self._words(text)) for text in opener} for opener in (before, after)
         )
         self.lines: set[str] = set()
         self.frames: dict[str, bool] = {}  # a line with its hole, and whether names are invented
         for line in lines:
             text, holes = re.subn(r"\{(term|thing|value|text)\}", f" {HOLE} ", line)
-            words = " ".join(words_of(text))
+            words = " ".join(self._words(text))
             if not holes:
                 self.lines.add(words)
             elif words != HOLE:  # a hole alone says nothing
@@ -80,15 +91,22 @@ class Seen:
             [line for language in LANGUAGES for line in openers[f"{language} {place}"]]
             for place in ("before", "after")
         )
-        return cls((line for line in lines if not line.startswith(("# ", "["))), before, after)
+        groups = read_file(folder / "alike.txt")["alike"]
+        alike = [group for language in LANGUAGES for group in groups[f"{language} words"]]
+        lines = (line for line in lines if not line.startswith(("# ", "[")))
+        return cls(lines, before, after, alike)
 
     def holds(self, text: str) -> bool:
         """Whether training can show this wording."""
-        words = words_of(text)
+        words = self._words(text)
         n = len(words)
         starts = [i for i in range(n) if i == 0 or " ".join(words[:i]) in self.before]
         ends = [i for i in range(1, n + 1) if i == n or " ".join(words[i:]) in self.after]
         return any(self._holds(words[start:end]) for start in starts for end in ends if start < end)
+
+    def _words(self, text: str) -> list[str]:
+        """The bare words, of words that are alike always the same one."""
+        return [self.first.get(word, word) for word in words_of(text)]
 
     def _holds(self, words: list[str]) -> bool:
         """The same of bare words that nothing stands before or behind."""

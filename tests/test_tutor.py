@@ -32,6 +32,7 @@ from chatbot.tutor.embeddings import learn_embeddings
 from chatbot.tutor.grow import grow
 from chatbot.tutor.rows import DECIDED, DECIDED_LATER, EXCHANGES, Rows
 from chatbot.tutor.start import start_copying, start_embeddings
+from chatbot.tutor.wording import reword
 from minigpt import GPT, GPTConfig, Tokenizer, quant
 from minigpt.batches import IGNORED
 from minigpt.train import TrainConfig
@@ -211,6 +212,14 @@ def test_no_token_of_what_was_misheard_is_a_label(trained: Tokenizer) -> None:
     assert labels == [IGNORED, *ids[1:]]
 
 
+def test_a_word_is_like_those_of_one_group_only() -> None:
+    """Or what stands for what would hang on the order of the groups."""
+    groups = [DATA.alike[f"{language} words"] for language in LANGUAGES]
+    words = [words_of(word) for lines in groups for line in lines for word in line.split()]
+    assert all(len(word) == 1 for word in words)
+    assert len({word[0] for word in words}) == len(words) > 500
+
+
 def test_invented_names_vary() -> None:
     """A name that is copied in a reply can only be copied: there are too many to know them."""
     said = ack_pattern("name")
@@ -295,14 +304,27 @@ def test_a_wording_that_was_shown_is_noticed_in_any_dress(tmp_path: Path) -> Non
         "# openers\n[es before]\nBuenas,\n[es after]\nmil gracias\n"
         "[en before]\nHi,\n[en after]\nthx\n"
     )
+    (tmp_path / "alike.txt").write_text("# alike\n[es words]\natención máscara\n[en words]\na b\n")
     seen = Seen.read(tmp_path)
     plain = ("DONDE ESTA LA ATENCION", "explica la cache kv!", "Soy Zimar", "soy Ana Paz")
     dressed = ("buenas, soy Ana Paz", "explica la cache kv, ¡mil gracias!", "Hi, soy Zimar (thx)")
-    for text in (*plain, *dressed):
+    alike = ("¿Dónde está la máscara?", "hi, donde esta la mascara")
+    for text in (*plain, *dressed, *alike):
         assert seen.holds(text), text
     unlike = ("¿Dónde está?", "explica la poesía", "Soy quien te lo pregunta", "a", "Zimar")
     for text in (*unlike, "Hola, ¿dónde está la atención?"):
         assert not seen.holds(text), text
+
+
+def test_what_is_reworded_counts_as_shown() -> None:
+    seen, changed = Seen.read(), 0
+    for seed, (fact, language) in enumerate(product(DATA.memory, LANGUAGES)):
+        random = Random(seed)
+        for line in random.sample(DATA.memory[fact][f"{language} ask"], 40):
+            other = reword(random, line, TALK.alike[language])
+            changed += other != line
+            assert seen.holds(other), (line, other)
+    assert changed > 100
 
 
 # --- rows of tokens -----------------------------------------------------------------------------
@@ -330,25 +352,25 @@ def messages_of(tokenizer: Tokenizer, ids: list[int]) -> list[tuple[str, list[in
     return [(names[ids[i]], ids[i + 1 : end]) for i, end in zip(starts, ends, strict=True)]
 
 
-def test_only_replies_are_learned(trained: Tokenizer) -> None:
-    eos, assistant = trained.eos_token_id, trained.special_tokens["<|assistant|>"]
-    learned = 0
+def test_only_replies_are_learned_and_all_but_the_misheard(trained: Tokenizer) -> None:
+    assistant, learned, left = trained.special_tokens["<|assistant|>"], 0, 0
     for ids, labels in rows(trained):
-        reply = None  # how many of its tokens have passed
-        assert ids[0] in trained.special_tokens.values()
-        for token, label in zip(ids, labels, strict=True):
-            if token in trained.special_tokens.values() and token != eos:
-                assert label == -100  # the mark itself is given
-                reply = 0 if token == assistant else None
-            elif reply is None:
-                assert label == -100
-            elif token == eos and reply in (DECIDED, DECIDED_LATER) and label == -100:
-                reply = None  # padding after a reply that was broken off
+        start = 0
+        for role, tokens in messages_of(trained, ids):
+            told = labels[start + 1 : start + 1 + len(tokens)]
+            assert labels[start] == IGNORED  # the mark itself is given
+            if role != "assistant" or not any(label != IGNORED for label in told):
+                assert set(told) <= {IGNORED}
+                left += role == "assistant" and bool(tokens)
             else:
-                assert label == token
-                reply = None if token == eos else reply + 1
+                assert ids[start] == assistant
+                end = told.index(IGNORED) if IGNORED in told else len(told)
+                assert told[:end] == tokens[:end]
+                assert set(tokens[end:]) <= {trained.eos_token_id}  # padding
                 learned += 1
-    assert learned > 1000
+            start += 1 + len(tokens)
+        assert start == len(ids) == len(labels)
+    assert 0 < left < learned / 4
 
 
 def test_a_row_is_a_conversation_by_the_chat_template(trained: Tokenizer) -> None:

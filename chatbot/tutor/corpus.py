@@ -19,7 +19,9 @@ from chatbot.tutor.wording import (
     casing,
     contract,
     invent_name,
+    mumble,
     relax,
+    reword,
     thin,
     without_accents,
     words_of,
@@ -60,6 +62,7 @@ class Dialogues:
     follow_ups: dict[str, Sections]
     styles: dict[str, Sections]
     repeat: Sections
+    alike: Sections
 
 
 def read(folder: Path = FOLDER) -> Dialogues:
@@ -81,6 +84,7 @@ def read(folder: Path = FOLDER) -> Dialogues:
         follow_ups=files["follow_ups"],
         styles=files["styles"],
         repeat=files["repeat"]["repeat"],
+        alike=files["alike"]["alike"],
     )
 
 
@@ -122,6 +126,9 @@ class Conversations:
         self.plain_memory = {
             fact: {name: plain(lines) for name, lines in section.items()}
             for fact, section in dialogues.memory.items()
+        }
+        self.alike = {
+            language: others_of(dialogues.alike[f"{language} words"]) for language in LANGUAGES
         }
         self.telling_memory = {
             language: telling_words(
@@ -168,7 +175,7 @@ class Conversations:
             user, reply = self._turn(random, state, style or "plain", about_user)
             wrong = state.told is not None and random.random() < misheard
             if wrong:
-                reply = self._misheard(random, state, user)
+                user, reply = self._misheard(random, state, user)
             yield Message(role="user", content=user, learned=False)
             yield Message(role="assistant", content=reply, learned=not wrong)
 
@@ -178,11 +185,11 @@ class Conversations:
     def _turn(self, random: Random, state: "_State", style: str, personal: bool) -> tuple[str, str]:
         """The user's message and the right reply; the state remembers what it was about."""
         weights = {
-            self._topic: 4.0 if not personal else 1.3,
-            self._unknown: 6.0 if not personal else 0.5,
+            self._topic: 3.0 if not personal else 1.0,
+            self._unknown: 5.0 if not personal else 0.7,
             self._small_talk: 0.3 if not personal else 0.4,
-            self._repeat: 0.1 if not personal else 1.0,
-            self._tell: 0.5 if not personal else 2.0,
+            self._repeat: 0.1 if not personal else 0.6,
+            self._tell: 0.7 if not personal else 2.5,
             self._ask: 0.3 if not personal else (2.5 if state.facts else 0.3),
             self._follow_up: 0.03 if not state.topic else (4.0 if not personal else 1.5),
         }
@@ -237,7 +244,8 @@ class Conversations:
             frame = thin(random, frame)
             user = re.sub(r"\{(term|thing)\}", lambda _: casing(random, thing), frame)
         else:
-            user = thin(random, random.choice(unknown[f"{language} user"]))
+            line = random.choice(unknown[f"{language} user"])
+            user = thin(random, reword(random, line, self.alike[language]))
         return self._dress(random, user, language), unknown[f"{language} reply"][0]
 
     def _small_talk(self, random: Random, state: "_State", style: str) -> tuple[str, str]:
@@ -269,38 +277,43 @@ class Conversations:
             value = value.lower()
         state.facts[fact] = value
         state.told = fact
-        frame = self._dress(random, self._memory(random, fact, language, "tell"), language)
+        frame = reword(random, self._memory(random, fact, language, "tell"), self.alike[language])
+        frame = self._dress(random, frame, language)
         return frame.replace("{value}", value), self._say(section, language, "ack", value)
 
-    def _misheard(self, random: Random, state: "_State", user: str) -> str:
+    def _misheard(self, random: Random, state: "_State", user: str) -> tuple[str, str]:
         """What a tutor may say that took what it was just told for something else.
 
         It will: an unusual wording is misunderstood one time in three. If all replies that it ever
         read were right, it would believe its own, and not know what the user said before them.
+        Half of these messages are hardly to be understood: who is asked must find the likely word.
         """
         assert state.told is not None
         language, value, way = state.language, state.facts[state.told], random.random()
+        if random.random() < 0.5:
+            user = mumble(random, user, value)
         if way < 0.35:
-            return self.dialogues.unknown[f"{language} reply"][0]
+            return user, self.dialogues.unknown[f"{language} reply"][0]
         if way < 0.5:
             state.topic = random.choice(self.topics)
-            return self.dialogues.topics[state.topic][f"{language} answer"][0]
+            return user, self.dialogues.topics[state.topic][f"{language} answer"][0]
         fact = self._fact(random)
         section = self.dialogues.memory[fact]
         if way < 0.65:
-            return section[f"{language} unknown"][0]
+            return user, section[f"{language} unknown"][0]
         if fact == state.told or random.random() < 0.5:  # another word, or not all of this one
             words = [word.strip(".,;:!?¡¿()") for word in user.split()]
             others = [word for word in words if word and word not in value]
             part = value[: random.randint(1, max(1, len(value) - 1))]
             value = random.choice(others) if others and random.random() < 0.7 else part
-        return self._say(section, language, "ack", value)
+        return user, self._say(section, language, "ack", value)
 
     def _ask(self, random: Random, state: "_State", style: str) -> tuple[str, str]:
         told = list(state.facts)
         fact = random.choice(told) if told and random.random() < 0.9 else self._fact(random)
         section, language = self.dialogues.memory[fact], state.language
-        user = self._dress(random, self._memory(random, fact, language, "ask"), language)
+        user = reword(random, self._memory(random, fact, language, "ask"), self.alike[language])
+        user = self._dress(random, user, language)
         if fact in state.facts:
             return user, self._say(section, language, "recall", state.facts[fact])
         return user, section[f"{language} unknown"][0]
@@ -318,7 +331,7 @@ class Conversations:
         return thin(random, line, self.telling_memory[language][fact])
 
     def _fact(self, random: Random) -> str:
-        return "name" if random.random() < 0.35 else random.choice(list(self.dialogues.memory))
+        return "name" if random.random() < 0.28 else random.choice(list(self.dialogues.memory))
 
     @staticmethod
     def _say(section: Sections, language: str, kind: str, value: str) -> str:
@@ -348,6 +361,19 @@ class _State:
 def plain(lines: Sequence[str]) -> list[str]:
     """The short ones."""
     return [line for line in lines if len(line.split()) <= PLAIN]
+
+
+def others_of(groups: Sequence[str]) -> dict[str, list[str]]:
+    """Word -> the others of its line.
+
+    >>> others_of(["dog cat parrot"])["cat"]
+    ['dog', 'parrot']
+    """
+    return {
+        word.lower(): [other for other in group.split() if other != word]
+        for group in groups
+        for word in group.split()
+    }
 
 
 def telling_words(lines: dict[str, list[str]]) -> dict[str, frozenset[str]]:

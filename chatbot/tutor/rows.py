@@ -21,7 +21,7 @@ STEPS_AGAIN = 8500  # of one that goes on from a tutor
 LONG = 28  # tokens; a longer reply may be broken off: hardly any that says a fact again is longer
 DECIDED = 8  # tokens, after which only one reply is left to a question alone
 DECIDED_LATER = 16  # the same in a conversation, and after a style's first words
-MISHEARD = 0.3  # of what the user tells: somewhat less than a new wording is
+MISHEARD = 0.4  # of what the user tells: about what is misheard of odd wordings
 
 Shapes = tuple[tuple[int, int, float], ...]  # tokens a row, rows a batch, how often
 # A question alone: a short one, a longer one, and one after a system prompt.
@@ -161,7 +161,7 @@ class Rows:
             ids: list[int] = []
             labels: list[int] = []
             decided = DECIDED
-            for message in self.conversations.conversation(random, personal=0.5, styled=0.35):
+            for message in self.conversations.conversation(random, personal=0.6, styled=0.35):
                 decided = DECIDED_LATER if message["role"] == "system" else decided
                 more, learned = self._encode(random, message, decided)
                 ids += more

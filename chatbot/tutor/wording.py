@@ -6,6 +6,7 @@ vary, letters are swapped, and words are left out or moved. So a wording is hard
 
 import re
 import unicodedata
+from collections.abc import Mapping, Sequence
 from random import Random
 
 # fmt: off
@@ -65,6 +66,37 @@ def thin(random: Random, text: str, kept: frozenset[str] = frozenset()) -> str:
         order = [i + 3 * random.random() for i in range(len(words))]
         words = [word for _, word in sorted(zip(order, words, strict=True))]
     return " ".join(words) if len(words) > 1 else text
+
+
+def mumble(random: Random, text: str, kept: str) -> str:
+    """Leave out a third of the words or more, but not `kept`, which stands in the text.
+
+    >>> mumble(Random(2), "Hello, my name is Ana and I am new here", "Ana")
+    'Hello, is Ana'
+    """
+    rate = random.uniform(0.3, 0.8)
+    words = text.replace(kept, "\0").split(" ")
+    heard = [word for word in words if "\0" in word or random.random() > rate]
+    return " ".join(heard).replace("\0", kept)
+
+
+def reword(random: Random, text: str, alike: Mapping[str, Sequence[str]]) -> str:
+    """In one text of three, put words of the same kind in the place of half of those in `alike`.
+
+    >>> reword(Random(2), "My dog is called {value}", {"dog": ["cat"], "called": ["named"]})
+    'My cat is called {value}'
+    """
+    if random.random() < 0.65:
+        return text
+
+    def other(match: re.Match[str]) -> str:
+        word = match[0]
+        if word.lower() not in alike or random.random() < 0.5:
+            return word
+        new = random.choice(alike[word.lower()])
+        return new[0].upper() + new[1:] if word[0].isupper() else new
+
+    return re.sub(r"(?<!\{)\b\w+", other, text)
 
 
 def casing(random: Random, term: str) -> str:
