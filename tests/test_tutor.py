@@ -17,6 +17,7 @@ from transformers import AutoTokenizer, GPT2LMHeadModel
 
 from bench.held_out import DIALOGUES, FOLDER, Seen, read_cases, words_of
 from bench.quality import GROUPS, unseen
+from bench.quality import reply as greedy_reply
 from chatbot.engines import TUTOR, open_engine
 from chatbot.tutor import __main__ as training
 from chatbot.tutor.corpus import (
@@ -233,6 +234,20 @@ def test_invented_names_vary() -> None:
     assert len({name.casefold() for name in names}) > told / 2
     for spelling in (r"[áéíóúñ]", "-", "'", " ", r"^[a-zñ]+$", r"^\w{2,3}$", r"[^aeiou\W]{4}"):
         assert len([name for name in names if re.search(spelling, name)]) > 2, spelling
+
+
+def test_the_tutor_hardly_makes_up_what_it_was_not_told() -> None:
+    """After a name, asked for anything else, it says that it does not know it yet."""
+    engine, said = open_engine("minigpt", TUTOR), []
+    told = {"es": "hola, me llamo Nerea", "en": "hi, I'm Nora"}
+    for language, fact in product(LANGUAGES, sorted(set(DATA.memory) - {"name"})):
+        section = DATA.memory[fact]
+        messages = [{"role": "user", "content": told[language]}]
+        messages += [{"role": "assistant", "content": greedy_reply(engine, messages)}]
+        asked = next(line for line in section[f"{language} ask"] if len(line.split()) <= 6)
+        messages += [{"role": "user", "content": asked}]
+        said.append(greedy_reply(engine, messages) == section[f"{language} unknown"][0])
+    assert sum(said) > 0.9 * len(said)
 
 
 # --- what was held out --------------------------------------------------------------------------

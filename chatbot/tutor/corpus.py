@@ -185,13 +185,13 @@ class Conversations:
     def _turn(self, random: Random, state: "_State", style: str, personal: bool) -> tuple[str, str]:
         """The user's message and the right reply; the state remembers what it was about."""
         weights = {
-            self._topic: 3.3 if not personal else 1.0,
-            self._unknown: 6.5 if not personal else 1.0,
+            self._topic: 3.0 if not personal else 1.0,
+            self._unknown: 5.0 if not personal else 0.7,
             self._small_talk: 0.3 if not personal else 0.4,
-            self._repeat: 0.1 if not personal else 1.0,
+            self._repeat: 0.1 if not personal else 0.6,
             self._tell: 0.7 if not personal else 2.5,
             self._ask: 0.3 if not personal else (2.5 if state.facts else 0.3),
-            self._follow_up: 0.03 if not state.topic else (5.0 if not personal else 2.0),
+            self._follow_up: 0.03 if not state.topic else (4.0 if not personal else 1.5),
         }
         kind = random.choices(list(weights), list(weights.values()))[0]
         if kind not in (self._topic, self._follow_up):
@@ -286,11 +286,11 @@ class Conversations:
 
         It will: an unusual wording is misunderstood one time in three. If all replies that it ever
         read were right, it would believe its own, and not know what the user said before them.
-        Most of these messages are hardly to be understood: who is asked must find the likely word.
+        Half of these messages are hardly to be understood: who is asked must find the likely word.
         """
         assert state.told is not None
         language, value, way = state.language, state.facts[state.told], random.random()
-        if random.random() < 0.6:
+        if random.random() < 0.5:
             user = mumble(random, user, value)
         if way < 0.35:
             return user, self.dialogues.unknown[f"{language} reply"][0]
@@ -310,7 +310,7 @@ class Conversations:
 
     def _ask(self, random: Random, state: "_State", style: str) -> tuple[str, str]:
         told = list(state.facts)
-        fact = random.choice(told) if told and random.random() < 0.95 else self._fact(random)
+        fact = random.choice(told) if told and random.random() < 0.9 else self._fact(random)
         section, language = self.dialogues.memory[fact], state.language
         user = reword(random, self._memory(random, fact, language, "ask"), self.alike[language])
         user = self._dress(random, user, language)
