@@ -205,11 +205,11 @@ def test_what_was_misheard_is_not_learned_and_is_known_when_asked() -> None:
 
 def test_no_token_of_what_was_misheard_is_a_label(trained: Tokenizer) -> None:
     reply = Message(role="assistant", content="Te llamas Ana.", learned=False)
-    rows = Rows(TALK, trained, seed=0)
-    ids, labels = rows._encode(Random(0), reply, None)
+    source = Rows(TALK, trained, seed=0)
+    ids, labels = source._encode(Random(0), reply, None)
     assert "Te llamas Ana." in trained.decode(ids)
     assert set(labels) == {IGNORED} and len(labels) == len(ids)
-    ids, labels = rows._encode(Random(0), {**reply, "learned": True}, None)
+    ids, labels = source._encode(Random(0), {**reply, "learned": True}, None)
     assert labels == [IGNORED, *ids[1:]]
 
 
@@ -234,20 +234,6 @@ def test_invented_names_vary() -> None:
     assert len({name.casefold() for name in names}) > told / 2
     for spelling in (r"[áéíóúñ]", "-", "'", " ", r"^[a-zñ]+$", r"^\w{2,3}$", r"[^aeiou\W]{4}"):
         assert len([name for name in names if re.search(spelling, name)]) > 2, spelling
-
-
-def test_the_tutor_hardly_makes_up_what_it_was_not_told() -> None:
-    """After a name, asked for anything else, it says that it does not know it yet."""
-    engine, said = open_engine("minigpt", TUTOR), []
-    told = {"es": "hola, me llamo Nerea", "en": "hi, I'm Nora"}
-    for language, fact in product(LANGUAGES, sorted(set(DATA.memory) - {"name"})):
-        section = DATA.memory[fact]
-        messages = [{"role": "user", "content": told[language]}]
-        messages += [{"role": "assistant", "content": greedy_reply(engine, messages)}]
-        asked = next(line for line in section[f"{language} ask"] if len(line.split()) <= 6)
-        messages += [{"role": "user", "content": asked}]
-        said.append(greedy_reply(engine, messages) == section[f"{language} unknown"][0])
-    assert sum(said) > 0.9 * len(said)
 
 
 # --- what was held out --------------------------------------------------------------------------
@@ -699,6 +685,20 @@ def test_both_sides_reply_the_same(prompt: str) -> None:
         alone.pop()
     assert replies[0] == replies[1] == alone
     assert tokenizer.decode(alone).strip()
+
+
+def test_the_tutor_hardly_makes_up_what_it_was_not_told() -> None:
+    """After a name, asked for anything else, it says that it does not know it yet."""
+    engine, said = open_engine("minigpt", TUTOR), []
+    told = {"es": "hola, me llamo Nerea", "en": "hi, I'm Nora"}
+    for language, fact in product(LANGUAGES, sorted(set(DATA.memory) - {"name"})):
+        section = DATA.memory[fact]
+        messages = [{"role": "user", "content": told[language]}]
+        messages += [{"role": "assistant", "content": greedy_reply(engine, messages)}]
+        asked = next(line for line in section[f"{language} ask"] if len(line.split()) <= 6)
+        messages += [{"role": "user", "content": asked}]
+        said.append(greedy_reply(engine, messages) == section[f"{language} unknown"][0])
+    assert sum(said) > 0.9 * len(said)
 
 
 def test_the_model_card_shows_its_quality() -> None:

@@ -277,16 +277,15 @@ class Conversations:
             value = value.lower()
         state.facts[fact] = value
         state.told = fact
-        frame = reword(random, self._memory(random, fact, language, "tell"), self.alike[language])
-        frame = self._dress(random, frame, language)
+        frame = self._about_user(random, fact, language, "tell")
         return frame.replace("{value}", value), self._say(section, language, "ack", value)
 
     def _misheard(self, random: Random, state: "_State", user: str) -> tuple[str, str]:
-        """What a tutor may say that took what it was just told for something else.
+        """What the user said, and what a tutor may say that took it for something else.
 
-        It will: an unusual wording is misunderstood one time in three. If all replies that it ever
-        read were right, it would believe its own, and not know what the user said before them.
-        Half of these messages are hardly to be understood: who is asked must find the likely word.
+        It will take odd wordings so. If all replies that it ever read were right, it would believe
+        its own, and not know what the user said before them. Half of these messages lose words, and
+        are hardly to be understood: who is asked later must find the likely one.
         """
         assert state.told is not None
         language, value, way = state.language, state.facts[state.told], random.random()
@@ -312,11 +311,15 @@ class Conversations:
         told = list(state.facts)
         fact = random.choice(told) if told and random.random() < 0.9 else self._fact(random)
         section, language = self.dialogues.memory[fact], state.language
-        user = reword(random, self._memory(random, fact, language, "ask"), self.alike[language])
-        user = self._dress(random, user, language)
+        user = self._about_user(random, fact, language, "ask")
         if fact in state.facts:
             return user, self._say(section, language, "recall", state.facts[fact])
         return user, section[f"{language} unknown"][0]
+
+    def _about_user(self, random: Random, fact: str, language: str, kind: str) -> str:
+        """A fact's line, to tell it or to ask for it, in other words and dress."""
+        line = self._memory(random, fact, language, kind)
+        return self._dress(random, reword(random, line, self.alike[language]), language)
 
     def _memory(self, random: Random, fact: str, language: str, kind: str) -> str:
         """Any line of a fact's section, but oftener a short one, as most people talk.

@@ -1,6 +1,7 @@
 """Rows of tokens to learn from: what they hold and how long they are, from step to step.
 
-    conversations -> a row of ids, and of labels: -100 where the user or the system speaks
+    conversations -> a row of ids, and of labels: -100 where the user or the system speaks,
+    or the tutor says what it should not learn to say
 
 A reply is decided in its first tokens; the others follow from these and from the weights. So long
 replies are broken off, at first all of them, and more questions are seen for the same work.
@@ -21,7 +22,7 @@ STEPS_AGAIN = 8500  # of one that goes on from a tutor
 LONG = 28  # tokens; a longer reply may be broken off: hardly any that says a fact again is longer
 DECIDED = 8  # tokens, after which only one reply is left to a question alone
 DECIDED_LATER = 16  # the same in a conversation, and after a style's first words
-MISHEARD = 0.4  # of what the user tells: about what is misheard of odd wordings
+MISHEARD = 0.4  # of what the user tells in a conversation; its reply is wrong and not learned
 
 Shapes = tuple[tuple[int, int, float], ...]  # tokens a row, rows a batch, how often
 # A question alone: a short one, a longer one, and one after a system prompt.
@@ -128,7 +129,7 @@ class Rows:
         self.end = tokenizer.special_tokens["<|endoftext|>"]
 
     def batch(self, step: int) -> tuple[list[list[int]], list[list[int]]]:
-        """Rows of ids and of labels, -100 where the user or the system speaks."""
+        """Rows of ids and of labels, -100 where nothing is to be learned."""
         random = Random(f"{self.seed} {step}")
         phase = next(phase for phase in self.phases if step < phase.end * self.steps)
         single = random.random() < phase.single
@@ -141,7 +142,7 @@ class Rows:
         return [ids for ids, _ in pairs], [labels for _, labels in pairs]
 
     def row(self, random: Random, length: int, phase: Phase) -> tuple[list[int], list[int]]:
-        """The first `length` tokens of a conversation; only the replies are learned."""
+        """The first `length` tokens of a conversation; only right replies are learned."""
         decided = DECIDED_LATER if random.random() < phase.broken_off else None
         messages = self.conversations.conversation(
             random, personal=phase.personal, styled=phase.styled, misheard=MISHEARD

@@ -1,7 +1,8 @@
 """A wording as somebody else would have typed it, and names that nobody has.
 
 What the tutor is asked must not hang on a letter, a sign or a single word: case, accents and signs
-vary, letters are swapped, and words are left out or moved. So a wording is hardly ever seen twice.
+vary, letters are swapped, and words are left out, moved, or exchanged for others of their kind. So
+a wording is hardly ever seen twice.
 """
 
 import re
@@ -69,7 +70,7 @@ def thin(random: Random, text: str, kept: frozenset[str] = frozenset()) -> str:
 
 
 def mumble(random: Random, text: str, kept: str) -> str:
-    """Leave out a third of the words or more, but not `kept`, which stands in the text.
+    """Leave out each word with a chance of 30 to 80 %, but not `kept`, which stands in the text.
 
     >>> mumble(Random(2), "Hello, my name is Ana and I am new here", "Ana")
     'Hello, is Ana'
