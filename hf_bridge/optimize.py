@@ -124,12 +124,17 @@ def learning_rate(step: int, config: TrainConfig) -> float:
 
 def summed_loss(model: GPT, batch: Batch) -> Tensor:
     """-log p of every token that counts, added up: a scalar; errors as in minigpt."""
+    check_batch(model, batch)
+    inputs = {name: tensor for name, tensor in with_positions(batch).items() if name != "labels"}
+    return causal_loss(model.hf(**inputs), batch["labels"])
+
+
+def check_batch(model: GPT, batch: Batch) -> None:
+    """ValueError for tokens of another vocabulary, or more of them than the context holds."""
     ids, P = batch["input_ids"], model.config.n_positions
     model.check_ids(ids, batch.get("attention_mask"))
     if ids.shape[1] > P:
         raise ContextOverflow(ids.shape[1], P)
-    inputs = {name: tensor for name, tensor in with_positions(batch).items() if name != "labels"}
-    return causal_loss(model.hf(**inputs), batch["labels"])
 
 
 def with_positions(batch: Batch) -> Batch:

@@ -27,7 +27,7 @@ from hf_bridge import runs
 from hf_bridge.batches import IGNORED
 from hf_bridge.files import writing
 from hf_bridge.model import GPT
-from hf_bridge.optimize import Batch, Record, TrainConfig, causal_loss, with_positions
+from hf_bridge.optimize import Batch, Record, TrainConfig, causal_loss, check_batch, with_positions
 
 
 class ExactTrainer(Trainer):
@@ -72,7 +72,9 @@ class ExactTrainer(Trainer):
         return DataLoader(numbers, batch_size=None, collate_fn=self._share)
 
     def _share(self, i: Any) -> Batch:
-        batch, world = with_positions(self.batches(i)), self.args.world_size
+        batch, world = self.batches(i), self.args.world_size
+        check_batch(self.gpt, batch)  # the library's own complaint is an IndexError
+        batch = with_positions(batch)
         if len(batch["input_ids"]) < world:
             rows = len(batch["input_ids"])
             raise ValueError(f"a batch needs a row for each of {world} processes, got {rows}")

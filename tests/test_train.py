@@ -267,6 +267,10 @@ def test_a_loss_is_of_tokens_in_the_vocabulary_that_fit_the_context(side, tmp_pa
     ]:
         with pytest.raises(ValueError, match=message):
             step.summed_loss(model, {"input_ids": ids, "labels": ids})
+        config = step.TrainConfig(max_steps=2, learning_rate=0.1, warmup_steps=1)
+        start = train if side == "minigpt" else hf_bridge.train.train
+        with pytest.raises(ValueError, match=message):
+            start(model, [{"input_ids": ids, "labels": ids}].__getitem__, config, progress=False)
 
 
 def test_our_schedule_is_transformers_cosine_with_a_floor():
