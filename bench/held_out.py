@@ -34,6 +34,12 @@ def read_cases(group: str, folder: Path = FOLDER) -> list[Case]:
     return [{**json.loads(line), "group": group} for line in lines]
 
 
+def wordings(case: Case) -> list[str]:
+    """What the user says, which must be new; where nothing was told, only what is asked at last."""
+    said = [message["content"] for message in case["messages"] if message["role"] == "user"]
+    return said[-1:] if case["group"] == "not_told" else said
+
+
 def words_of(text: str) -> list[str]:
     """The words of a text, without case, accents and signs.
 
@@ -88,7 +94,11 @@ class Seen:
         )
         openers = read_file(folder / "openers.txt")["openers"]
         before, after = (
-            [line for language in LANGUAGES for line in openers[f"{language} {place}"]]
+            [
+                line
+                for language in LANGUAGES
+                for line in openers[f"{language} {place}"] + openers[f"{language} aside"]
+            ]
             for place in ("before", "after")
         )
         groups = read_file(folder / "alike.txt")["alike"]
@@ -122,5 +132,5 @@ class Seen:
         return False
 
     def any_of(self, case: Case) -> bool:
-        """Whether training can show one of the case's user messages."""
-        return any(self.holds(m["content"]) for m in case["messages"] if m["role"] == "user")
+        """Whether training can show one of the wordings that the case is about."""
+        return any(self.holds(text) for text in wordings(case))

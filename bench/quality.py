@@ -24,6 +24,7 @@ GROUPS = {  # group -> the part of its cases that should be right
     "named": 0.85,
     "unnamed": 0.50,
     "memory": 0.90,
+    "not_told": 0.80,  # what memory costs: a fact that no message told is not made up
     "out_of_scope": 0.88,
     "style": 0.80,
     "follow_up": 0.60,
@@ -64,6 +65,11 @@ class Judge:
         text, score = self.nearest(self.texts[case["language"]], reply)
         return text.topic == "unknown" and score >= AGREES
 
+    def is_quote(self, case: Case, reply: str) -> bool:
+        """Whether the reply says the user's words again, instead of the fact in them."""
+        said = self.dialogues.repeat[f"{case['language']} said"][0]
+        return reply.startswith(said.split("{text}")[0])
+
     def is_right(self, case: Case, reply: str) -> bool:
         """Whether the reply is what its group asks for."""
         group, language = case["group"], case["language"]
@@ -71,6 +77,9 @@ class Judge:
             return all(says(reply, word) for word in case["expect"])
         if group == "out_of_scope":
             return self.is_refusal(case, reply)
+        if group == "not_told":
+            unknown = self.dialogues.memory[case["kind"]][f"{language} unknown"][0]
+            return bag(reply) == bag(unknown)  # a fact that is made up shares many of its words
         if group == "style":
             pattern = self.dialogues.styles[case["style"]][f"{language} pattern"][0]
             first, last = re.split(r"\{.*\}", pattern)
@@ -142,12 +151,14 @@ def measure(
 
     cases, notes = unseen(groups, limit)
     failures, right, refused = [], Counter[tuple[str, str]](), Counter[tuple[str, str]]()
+    quoted = 0
     total = Counter((case["group"], case["language"]) for case in cases)
     for case in tqdm(cases, unit="case", disable=None):
         key = case["group"], case["language"]
         said = converse(engine, case)
         good = judge.is_right(case, said)
         right[key] += good
+        quoted += good and case["group"] == "memory" and judge.is_quote(case, said)
         refused[key] += case["group"] in ("named", "unnamed") and judge.is_refusal(case, said)
         if not good:
             asked = case["messages"][-1]["content"]
@@ -166,6 +177,8 @@ def measure(
             row = ["in scope, refused", language, count, _share(wrong, count)]
             aim_text = f"<= {_percent(IN_SCOPE_REFUSED)}"
             table.rows.append([*row, interval(wrong, count), aim_text, met])
+    if quoted:
+        notes.append(f"Right in memory, and the user's whole message instead of a fact: {quoted}.")
     title = "Quality on held-out wordings"
     chart = Chart(
         "Right, of 100 held-out cases",

@@ -4,6 +4,7 @@ import json
 import math
 import struct
 from collections.abc import Callable, Iterator, Sequence
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -442,6 +443,30 @@ def test_refusals_of_questions_in_scope_are_counted() -> None:
         other = next(l for l in LANGUAGES if l != language)  # noqa: E741
         assert rows["out_of_scope", other][1] == "0 %"
         assert len(failures) == 4 * 3 + 3
+
+
+def test_what_was_not_told_must_be_said_of_the_fact_that_was_asked() -> None:
+    for language, (fact, sections) in product(LANGUAGES, DIALOGUES.memory.items()):
+        asked = case("not_told", language, kind=fact)
+        assert JUDGE.is_right(asked, sections[f"{language} unknown"][0])
+        assert not JUDGE.is_right(asked, sections[f"{language} recall"][0])
+        other = next(name for name in DIALOGUES.memory if name != fact)
+        assert not JUDGE.is_right(asked, DIALOGUES.memory[other][f"{language} unknown"][0])
+        assert not JUDGE.is_right(asked, DIALOGUES.unknown[f"{language} reply"][0])
+
+
+def test_what_is_right_as_a_quote_alone_is_counted() -> None:
+    """Whoever says the user's words again knows them, but not what they mean."""
+    said = {language: DIALOGUES.repeat[f"{language} said"][0] for language in LANGUAGES}
+
+    def answer(messages: list[dict[str, str]]) -> str:
+        language = "es" if messages[-1]["content"] in spanish else "en"
+        return said[language].replace("{text}", messages[0]["content"])
+
+    cases = quality.unseen(["memory"], 5)[0]
+    spanish = {c["messages"][-1]["content"] for c in cases if c["language"] == "es"}
+    found, failures = quality.measure(Speaker(answer), JUDGE, ["memory"], limit=5)  # type: ignore[arg-type]
+    assert f"instead of a fact: {10 - len(failures)}." in found.notes[-1] and len(failures) < 5
 
 
 def test_a_share_below_its_aim_does_not_read_as_the_aim() -> None:

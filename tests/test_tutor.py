@@ -15,7 +15,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from transformers import AutoTokenizer, GPT2LMHeadModel
 
-from bench.held_out import DIALOGUES, FOLDER, Seen, read_cases, words_of
+from bench.held_out import DIALOGUES, FOLDER, Seen, read_cases, wordings, words_of
 from bench.quality import GROUPS, unseen
 from bench.quality import reply as greedy_reply
 from chatbot.engines import TUTOR, open_engine
@@ -33,7 +33,7 @@ from chatbot.tutor.embeddings import learn_embeddings
 from chatbot.tutor.grow import grow
 from chatbot.tutor.rows import DECIDED, DECIDED_LATER, EXCHANGES, Rows
 from chatbot.tutor.start import start_copying, start_embeddings
-from chatbot.tutor.wording import reword
+from chatbot.tutor.wording import echo, reword
 from minigpt import GPT, GPTConfig, Tokenizer, quant
 from minigpt.batches import IGNORED
 from minigpt.train import TrainConfig
@@ -43,6 +43,7 @@ HELD_OUT = {
     "follow_up": "a80b08fb1779ccfa2eec0c472bd4e0ed61f1cf629da3298f3cabde195b7231c1",
     "memory": "984e9abb7cbfed3e879b05988c0f59db7d48d13895a3a79df08b54a211fbc57e",
     "named": "6c15f04197610ba30540c41eec41438dc4bd23e9cccaf7028521f472aff882cc",
+    "not_told": "35938a4460c41802c76293c03a2ba3edc3202bfd0f4a8b463316565e631e3ccf",
     "out_of_scope": "819ccf93d5144c1fa19463994b233d7aa9aac81ad99bddac367897fdf7875458",
     "style": "4915314b18a8dc58b65587b50025dedab39abcde210299c954eac29f99d3aeff",
     "unnamed": "befc7efa3d39ea68820515e9cf70fc21c272936913fcf7a41ecb7faf9e155221",
@@ -140,16 +141,21 @@ def test_replies_are_written_texts_and_both_languages_are_spoken() -> None:
         assert len(answers.intersection(replies)) > 20
 
 
-def ack_pattern(*facts: str, kind: str = "ack") -> re.Pattern[str]:
-    """Matches what is said when one of these facts is told, or asked, the value in a group."""
+def ack_pattern(*facts: str) -> re.Pattern[str]:
+    """Matches what is said when one of these facts is told, its value in a group."""
     return re.compile(
         "|".join(
             re.escape(line).replace(r"\{value\}", "(.+)")
             for language in LANGUAGES
             for fact in facts
-            for line in DATA.memory[fact][f"{language} {kind}"]
+            for line in DATA.memory[fact][f"{language} ack"]
         )
     )
+
+
+def quotes() -> list[tuple[str, str, str]]:
+    """What stands before and behind the user's words where they are quoted."""
+    return [DATA.repeat[f"{language} said"][0].partition("{text}") for language in LANGUAGES]
 
 
 def test_a_value_that_is_told_stands_in_the_message_whole() -> None:
@@ -162,6 +168,22 @@ def test_a_value_that_is_told_stands_in_the_message_whole() -> None:
                 assert next(filter(None, m.groups())) in user["content"], user
                 dressed += user["content"].startswith(before)
     assert dressed > 20
+
+
+def test_a_part_of_what_is_told_has_a_remark_beside_it() -> None:
+    told = ack_pattern(*DATA.memory)
+    remarks = [
+        " ".join(words_of(line))
+        for language in LANGUAGES
+        for line in DATA.openers[f"{language} aside"]
+    ]
+    beside = [
+        any(remark in " ".join(words_of(user["content"])) for remark in remarks)
+        for seed in range(400)
+        for user, reply in pairwise(TALK.messages(Random(seed), turns=4))
+        if told.fullmatch(reply["content"])
+    ]
+    assert 0.15 < sum(beside) / len(beside) < 0.4
 
 
 def test_a_memory_line_loses_words_but_none_that_tells_its_fact() -> None:
@@ -180,27 +202,56 @@ def test_a_memory_line_loses_words_but_none_that_tells_its_fact() -> None:
     assert lost > 300
 
 
-def test_what_was_misheard_is_not_learned_and_is_known_when_asked() -> None:
+def test_what_was_misheard_is_not_learned_and_is_quoted_when_asked() -> None:
     """The replies to what the user tells are all wrong; those to the questions after it, right."""
-    acks, recalls = ack_pattern(*DATA.memory), ack_pattern(*DATA.memory, kind="recall")
-    wrong = recalled = 0
+    acks = ack_pattern(*DATA.memory)
+    wrong = quoted = 0
     for seed in range(300):
         stream = TALK.conversation(Random(seed), personal=1.0, misheard=1.0)
         messages = [next(stream) for _ in range(17)]
-        said = ""
+        said = []
         for message in messages:
             if message["role"] == "user":
-                said += message["content"]
+                said.append(message["content"])
             elif message["learned"]:
                 assert not acks.fullmatch(message["content"])
-                if m := recalls.fullmatch(message["content"]):
-                    assert next(filter(None, m.groups())) in said
-                    recalled += 1
+                for first, _, last in quotes():
+                    if message["content"].startswith(first):
+                        assert message["content"].removeprefix(first).removesuffix(last) in said
+                        quoted += 1
             else:
                 wrong += message["role"] == "assistant"
-    assert wrong > 300 and recalled > 300
+    assert wrong > 300 and quoted > 300
     heard = [TALK.messages(Random(seed), turns=8) for seed in range(100)]
     assert all(m["learned"] == (m["role"] == "assistant") for talk in heard for m in talk)
+
+
+def test_the_message_before_is_quoted_whole_and_nothing_else_where_all_is_understood() -> None:
+    quoted = 0
+    for seed in range(400):
+        messages = TALK.messages(Random(seed), turns=6)
+        said = [message["content"] for message in messages if message["role"] == "user"]
+        for message in messages:
+            for first, _, last in quotes():
+                if message["content"].startswith(first):
+                    index = said.index(messages[messages.index(message) - 1]["content"])
+                    quote = message["content"].removeprefix(first).removesuffix(last)
+                    assert index and quote == said[index - 1]
+                    quoted += 1
+    assert quoted > 40
+
+
+def test_an_echo_is_of_what_was_said_but_not_the_fact() -> None:
+    """Whoever asks in the words in which it was told is understood by them; the fact is no hint."""
+    random, places = Random(0), set()
+    for _ in range(200):
+        text = echo(random, "who am I", "the whole street calls me Ana Paz, ask them", "Ana Paz")
+        again = re.sub(r"\b(who|am|I)\b", "", text).split()
+        assert 1 <= len(again) <= 4 and len(text.split()) == 3 + len(again)
+        assert " ".join(again) in "the whole street calls me" or set(again) <= {",", "ask", "them"}
+        places.add(text.split().index(again[0]))
+    assert places == {0, 1, 2, 3}
+    assert echo(random, "who am I", "Ana", "Ana") == "who am I"
 
 
 def test_no_token_of_what_was_misheard_is_a_label(trained: Tokenizer) -> None:
@@ -260,6 +311,8 @@ def test_held_out_cases_are_well_formed(group: str) -> None:
             assert m["content"] is None if m["role"] == "assistant" else m["content"], c["id"]
         if group == "memory":
             assert c["expect"] and all(c["expect"]), c["id"]
+        elif group == "not_told":
+            assert c["kind"] in DATA.memory, c["id"]
         elif group != "out_of_scope":
             assert c["topic"] in DATA.topics, c["id"]
         if group == "style":
@@ -275,9 +328,8 @@ def test_no_wording_that_counts_is_in_a_training_file() -> None:
         assert not training.any_of(case), case["id"]
     told = {" ".join(words_of(line)) for line in lines()}  # the same without the class
     for case in cases:
-        for message in case["messages"]:
-            if message["role"] == "user":
-                assert " ".join(words_of(message["content"])) not in told, case["id"]
+        for text in wordings(case):
+            assert " ".join(words_of(text)) not in told, case["id"]
 
 
 def test_enough_cases_count_in_every_group_and_language() -> None:
@@ -302,13 +354,18 @@ def test_a_wording_that_was_shown_is_noticed_in_any_dress(tmp_path: Path) -> Non
     (tmp_path / "topics" / "a.txt").write_text("# a\n[es named]\n¿Dónde está la atención?\n")
     (tmp_path / "b.txt").write_text("[es x]\nExplica {term}\nSoy {value}.\nLa caché KV\n{value}\n")
     (tmp_path / "openers.txt").write_text(
-        "# openers\n[es before]\nBuenas,\n[es after]\nmil gracias\n"
-        "[en before]\nHi,\n[en after]\nthx\n"
+        "# openers\n[es before]\nBuenas,\n[es after]\nmil gracias\n[es aside]\nllueve\n"
+        "[en before]\nHi,\n[en after]\nthx\n[en aside]\nit rains\n"
     )
     (tmp_path / "alike.txt").write_text("# alike\n[es words]\natención máscara\n[en words]\na b\n")
     seen = Seen.read(tmp_path)
     plain = ("DONDE ESTA LA ATENCION", "explica la cache kv!", "Soy Zimar", "soy Ana Paz")
-    dressed = ("buenas, soy Ana Paz", "explica la cache kv, ¡mil gracias!", "Hi, soy Zimar (thx)")
+    dressed = (
+        "buenas, soy Ana Paz",
+        "explica la cache kv, ¡mil gracias!",
+        "Hi, soy Zimar (thx)",
+        "Soy Zimar. Llueve",
+    )
     alike = ("¿Dónde está la máscara?", "hi, donde esta la mascara")
     for text in (*plain, *dressed, *alike):
         assert seen.holds(text), text
@@ -415,9 +472,9 @@ def test_a_reply_that_was_broken_off_begins_a_written_one(trained: Tokenizer) ->
         for kind in ("reply", "unknown", "nothing")
         for reply in section.get(f"{language} {kind}", [])
     }
-    acknowledged = tuple(  # a long name makes these long
-        section[f"{language} ack"][0].split("{value}")[0]
-        for section in DATA.memory.values()
+    said_again = tuple(  # a long name or message makes these long
+        section[f"{language} {kind}"][0].split("{")[0]
+        for section, kind in [*((s, "ack") for s in DATA.memory.values()), (DATA.repeat, "said")]
         for language in LANGUAGES
     )
     seen = 0
@@ -427,11 +484,11 @@ def test_a_reply_that_was_broken_off_begins_a_written_one(trained: Tokenizer) ->
             text = trained.decode(tokens)
             if role == "assistant" and tokens[-1] != eos:
                 assert len(tokens) in (DECIDED, DECIDED_LATER)
-                begins = tuple(tokens[:DECIDED]) in written or text.startswith(acknowledged)
+                begins = tuple(tokens[:DECIDED]) in written or text.startswith(said_again)
                 assert begins or text in before, text  # what it was to repeat
                 seen += 1
             before = text
-    assert seen > 50
+    assert seen > 30
 
 
 def test_a_question_alone_is_a_row_with_one_reply(trained: Tokenizer) -> None:

@@ -18,6 +18,7 @@ from typing import TypedDict
 from chatbot.tutor.wording import (
     casing,
     contract,
+    echo,
     invent_name,
     mumble,
     relax,
@@ -37,6 +38,10 @@ CHAT_TEMPLATE = (
 SPECIAL_TOKENS = ("<|endoftext|>", "<|system|>", "<|user|>", "<|assistant|>")
 FOLLOW_UPS = ("why", "example", "short")
 PLAIN = 4  # words of a short wording
+REFUSED = {"es": 1.1, "en": 1.6}  # how often out of scope: in English more is taken for a topic
+ASIDE = 0.06  # of the messages; of what the user tells:
+ASIDE_TOLD = 0.3
+ECHO = 0.25  # of the questions about the user hold words of what they ask for
 
 Sections = dict[str, list[str]]  # "es answer" -> its lines
 
@@ -160,7 +165,7 @@ class Conversations:
 
         Parts of all conversations are `personal`, about the user more than about topics, and
         `styled` by a system prompt. A part of what the user tells is `misheard`: the reply is
-        wrong, and not to be learned, but who is asked later should know what the user said.
+        wrong, and not to be learned, but who is asked later should say what the user said.
         """
         state = _State(language=random.choices(LANGUAGES, SHARES)[0])
         style = self._style(random) if random.random() >= 1 - styled else None
@@ -176,6 +181,9 @@ class Conversations:
             wrong = state.told is not None and random.random() < misheard
             if wrong:
                 user, reply = self._misheard(random, state, user)
+            if state.told is not None:
+                state.said[state.told] = user
+            state.last = user
             yield Message(role="user", content=user, learned=False)
             yield Message(role="assistant", content=reply, learned=not wrong)
 
@@ -186,12 +194,12 @@ class Conversations:
         """The user's message and the right reply; the state remembers what it was about."""
         weights = {
             self._topic: 3.0 if not personal else 1.0,
-            self._unknown: 5.0 if not personal else 0.7,
+            self._unknown: REFUSED[state.language] * (5.0 if not personal else 0.9),
             self._small_talk: 0.3 if not personal else 0.4,
-            self._repeat: 0.1 if not personal else 0.6,
+            self._repeat: 0.15 if not personal else 0.7,
             self._tell: 0.7 if not personal else 2.5,
-            self._ask: 0.3 if not personal else (2.5 if state.facts else 0.3),
-            self._follow_up: 0.03 if not state.topic else (4.0 if not personal else 1.5),
+            self._ask: 0.3 if not personal else (4.0 if state.facts else 0.3),
+            self._follow_up: 0.03 if not state.topic else (6.0 if not personal else 2.5),
         }
         kind = random.choices(list(weights), list(weights.values()))[0]
         if kind not in (self._topic, self._follow_up):
@@ -254,8 +262,11 @@ class Conversations:
         return relax(random, user, 0.5), intent[f"{state.language} reply"][0]
 
     def _repeat(self, random: Random, state: "_State", style: str) -> tuple[str, str]:
-        """Words that mean nothing, said again: nowhere else is copying learned so directly."""
+        """Words that mean nothing, or the last ones: nowhere is copying learned so directly."""
         frames, language = self.dialogues.repeat, state.language
+        if state.last and random.random() < 0.3:
+            user = self._dress(random, random.choice(frames[f"{language} again"]), language)
+            return user, self._quote(language, state.last)
         things = self.dialogues.carriers[f"{language} things"]
         text = " ".join(
             invent_name(random) if random.random() < 0.6 else random.choice(things)
@@ -276,8 +287,9 @@ class Conversations:
         if random.random() < 0.25:
             value = value.lower()
         state.facts[fact] = value
+        state.misheard.discard(fact)
         state.told = fact
-        frame = self._about_user(random, fact, language, "tell")
+        frame = self._about_user(random, fact, language, "tell", ASIDE_TOLD)
         return frame.replace("{value}", value), self._say(section, language, "ack", value)
 
     def _misheard(self, random: Random, state: "_State", user: str) -> tuple[str, str]:
@@ -285,41 +297,52 @@ class Conversations:
 
         It will take odd wordings so. If all replies that it ever read were right, it would believe
         its own, and not know what the user said before them. Half of these messages lose words, and
-        are hardly to be understood: who is asked later must find the likely one.
+        are hardly to be understood: who is asked later must find the likely one, and quotes it.
         """
         assert state.told is not None
         language, value, way = state.language, state.facts[state.told], random.random()
         if random.random() < 0.5:
             user = mumble(random, user, value)
+        state.misheard.add(state.told)
         if way < 0.35:
             return user, self.dialogues.unknown[f"{language} reply"][0]
-        if way < 0.5:
+        if way < 0.45:
             state.topic = random.choice(self.topics)
             return user, self.dialogues.topics[state.topic][f"{language} answer"][0]
         fact = self._fact(random)
         section = self.dialogues.memory[fact]
-        if way < 0.65:
+        if way < 0.5:
             return user, section[f"{language} unknown"][0]
-        if fact == state.told or random.random() < 0.5:  # another word, or not all of this one
+        if way > 0.85:
+            fact, section = state.told, self.dialogues.memory[state.told]
+        if fact == state.told or random.random() < 0.4:  # another word, or a part of this one
             words = [word.strip(".,;:!?¡¿()") for word in user.split()]
             others = [word for word in words if word and word not in value]
             part = value[: random.randint(1, max(1, len(value) - 1))]
-            value = random.choice(others) if others and random.random() < 0.7 else part
+            value = random.choice(others) if others and random.random() < 0.8 else part
         return user, self._say(section, language, "ack", value)
 
     def _ask(self, random: Random, state: "_State", style: str) -> tuple[str, str]:
         told = list(state.facts)
-        fact = random.choice(told) if told and random.random() < 0.9 else self._fact(random)
+        fact = random.choice(told) if told and random.random() < 0.75 else self._fact(random)
         section, language = self.dialogues.memory[fact], state.language
         user = self._about_user(random, fact, language, "ask")
+        if random.random() < ECHO:  # if nobody said these words before, it was not told
+            other = random.choice(section[f"{language} tell"])
+            said, value = state.said.get(fact, other), state.facts.get(fact, "{value}")
+            user = echo(random, user, said, value)
+        if fact in state.misheard:  # the user's words, whatever they mean: nothing is made up
+            return user, self._quote(language, state.said[fact])
         if fact in state.facts:
             return user, self._say(section, language, "recall", state.facts[fact])
         return user, section[f"{language} unknown"][0]
 
-    def _about_user(self, random: Random, fact: str, language: str, kind: str) -> str:
+    def _about_user(
+        self, random: Random, fact: str, language: str, kind: str, aside: float = ASIDE
+    ) -> str:
         """A fact's line, to tell it or to ask for it, in other words and dress."""
         line = self._memory(random, fact, language, kind)
-        return self._dress(random, reword(random, line, self.alike[language]), language)
+        return self._dress(random, reword(random, line, self.alike[language]), language, aside)
 
     def _memory(self, random: Random, fact: str, language: str, kind: str) -> str:
         """Any line of a fact's section, but oftener a short one, as most people talk.
@@ -334,15 +357,24 @@ class Conversations:
         return thin(random, line, self.telling_memory[language][fact])
 
     def _fact(self, random: Random) -> str:
-        return "name" if random.random() < 0.28 else random.choice(list(self.dialogues.memory))
+        return "name" if random.random() < 0.33 else random.choice(list(self.dialogues.memory))
+
+    def _quote(self, language: str, text: str) -> str:
+        return self.dialogues.repeat[f"{language} said"][0].replace("{text}", text)
 
     @staticmethod
     def _say(section: Sections, language: str, kind: str, value: str) -> str:
         return section[f"{language} {kind}"][0].replace("{value}", value)
 
-    def _dress(self, random: Random, text: str, language: str) -> str:
-        """A wording as somebody else would have typed it."""
+    def _dress(self, random: Random, text: str, language: str, aside: float = ASIDE) -> str:
+        """A wording as somebody else would have typed it, some with an `aside`."""
         openers = self.dialogues.openers
+        if random.random() < aside:
+            parts = [text.rstrip("."), random.choice(openers[f"{language} aside"])]
+            if random.random() < 0.3:
+                parts.reverse()
+            join = random.choice([" ", ", ", ", ", ". ", ". "]) if parts[0][-1].isalnum() else " "
+            text = join.join(parts)
         if random.random() < 0.25:
             before = random.choice(openers[f"{language} before"])
             text = f"{before} {text[0].lower() + text[1:] if random.random() < 0.7 else text}"
@@ -359,6 +391,9 @@ class _State:
     topic: str | None = None
     told: str | None = None  # the fact that the last message told
     facts: dict[str, str] = field(default_factory=dict)
+    last: str | None = None  # what the user said before
+    said: dict[str, str] = field(default_factory=dict)  # fact -> the user's words
+    misheard: set[str] = field(default_factory=set)  # facts that the reply did not understand
 
 
 def plain(lines: Sequence[str]) -> list[str]:

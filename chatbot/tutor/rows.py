@@ -22,7 +22,7 @@ STEPS_AGAIN = 8500  # of one that goes on from a tutor
 LONG = 28  # tokens; a longer reply may be broken off: hardly any that says a fact again is longer
 DECIDED = 8  # tokens, after which only one reply is left to a question alone
 DECIDED_LATER = 16  # the same in a conversation, and after a style's first words
-MISHEARD = 0.4  # of what the user tells in a conversation; its reply is wrong and not learned
+MISHEARD = 0.5  # of what the user tells in a conversation; its reply is wrong and not learned
 
 Shapes = tuple[tuple[int, int, float], ...]  # tokens a row, rows a batch, how often
 # A question alone: a short one, a longer one, and one after a system prompt.
@@ -91,19 +91,19 @@ PHASES = (
 AGAIN = (
     Phase(
         end=0.55,
-        single=0.35,
-        shapes=((64, 64, 0.45), (128, 32, 0.40), (256, 16, 0.15)),
+        single=0.25,
+        shapes=((64, 64, 0.15), (128, 32, 0.60), (256, 16, 0.25)),
         broken_off=0.85,
         personal=0.65,
-        styled=0.35,
+        styled=0.45,
     ),
     Phase(
         end=math.inf,
         single=0.25,
-        shapes=((64, 64, 0.30), (128, 32, 0.40), (256, 16, 0.25), (512, 8, 0.05)),
+        shapes=((64, 64, 0.15), (128, 32, 0.50), (256, 16, 0.30), (512, 8, 0.05)),
         broken_off=0.3,
         personal=0.65,
-        styled=0.4,
+        styled=0.5,
     ),
 )
 

@@ -81,6 +81,21 @@ def mumble(random: Random, text: str, kept: str) -> str:
     return " ".join(heard).replace("\0", kept)
 
 
+def echo(random: Random, text: str, said: str, value: str) -> str:
+    """Put one to four words of what was `said`, but not the value, somewhere into a text.
+
+    >>> echo(Random(7), "What is my name?", "Everybody at work calls me Ana", "Ana")
+    'What is my name? at work calls me'
+    """
+    parts = [part.split() for part in said.split(value)]
+    words = random.choice([part for part in parts if part] or [[]])
+    start = random.randrange(len(words) or 1)
+    again = words[start : start + random.randint(1, 4)]
+    whole = text.split(" ")
+    place = random.choice([len(whole), len(whole), 0, random.randint(0, len(whole))])
+    return " ".join([*whole[:place], *again, *whole[place:]])
+
+
 def reword(random: Random, text: str, alike: Mapping[str, Sequence[str]]) -> str:
     """In one text of three, put words of the same kind in the place of half of those in `alike`.
 
