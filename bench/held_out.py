@@ -5,7 +5,7 @@ only if none of its user messages is a line of the training files, whatever case
 and none is a line with something in its {hole}: another line of these files, or, in {value} and
 {text}, where the training data invent names, any word or two; nor is it one of these with what the
 training data put before or behind a message ("Hi,", "thanks"), or in the place of its words ("dog"
-for "cat").
+for "cat"). Of a case where nothing was told only the last message must be new: the question.
 
 Proof: tests/test_tutor.py.
 """

@@ -153,9 +153,13 @@ def ack_pattern(*facts: str) -> re.Pattern[str]:
     )
 
 
-def quotes() -> list[tuple[str, str, str]]:
-    """What stands before and behind the user's words where they are quoted."""
-    return [DATA.repeat[f"{language} said"][0].partition("{text}") for language in LANGUAGES]
+def quoted(reply: str) -> str | None:
+    """The user's words that a reply says again, or None."""
+    for language in LANGUAGES:
+        first, last = DATA.repeat[f"{language} said"][0].split("{text}")
+        if reply.startswith(first):
+            return reply.removeprefix(first).removesuffix(last)
+    return None
 
 
 def test_a_value_that_is_told_stands_in_the_message_whole() -> None:
@@ -205,7 +209,7 @@ def test_a_memory_line_loses_words_but_none_that_tells_its_fact() -> None:
 def test_what_was_misheard_is_not_learned_and_is_quoted_when_asked() -> None:
     """The replies to what the user tells are all wrong; those to the questions after it, right."""
     acks = ack_pattern(*DATA.memory)
-    wrong = quoted = 0
+    wrong = quotes = 0
     for seed in range(300):
         stream = TALK.conversation(Random(seed), personal=1.0, misheard=1.0)
         messages = [next(stream) for _ in range(17)]
@@ -215,30 +219,27 @@ def test_what_was_misheard_is_not_learned_and_is_quoted_when_asked() -> None:
                 said.append(message["content"])
             elif message["learned"]:
                 assert not acks.fullmatch(message["content"])
-                for first, _, last in quotes():
-                    if message["content"].startswith(first):
-                        assert message["content"].removeprefix(first).removesuffix(last) in said
-                        quoted += 1
+                if (words := quoted(message["content"])) is not None:
+                    assert words in said
+                    quotes += 1
             else:
                 wrong += message["role"] == "assistant"
-    assert wrong > 300 and quoted > 300
+    assert wrong > 300 and quotes > 300
     heard = [TALK.messages(Random(seed), turns=8) for seed in range(100)]
     assert all(m["learned"] == (m["role"] == "assistant") for talk in heard for m in talk)
 
 
 def test_the_message_before_is_quoted_whole_and_nothing_else_where_all_is_understood() -> None:
-    quoted = 0
+    quotes = 0
     for seed in range(800):
-        messages = TALK.messages(Random(seed), turns=6)
-        said = [message["content"] for message in messages if message["role"] == "user"]
-        for message in messages:
-            for first, _, last in quotes():
-                if message["content"].startswith(first):
-                    index = said.index(messages[messages.index(message) - 1]["content"])
-                    quote = message["content"].removeprefix(first).removesuffix(last)
-                    assert index and quote == said[index - 1]
-                    quoted += 1
-    assert quoted > 20
+        talk = [m for m in TALK.messages(Random(seed), turns=6) if m["role"] != "system"]
+        said, replies = ([m["content"] for m in talk[i::2]] for i in (0, 1))
+        assert quoted(replies[0]) is None
+        for before, reply in zip(said, replies[1:], strict=False):
+            if (words := quoted(reply)) is not None:
+                assert words == before
+                quotes += 1
+    assert quotes > 20
 
 
 def test_an_echo_is_of_what_was_said_but_not_the_fact() -> None:
@@ -744,7 +745,7 @@ def test_both_sides_reply_the_same(prompt: str) -> None:
     assert tokenizer.decode(alone).strip()
 
 
-def test_the_tutor_hardly_makes_up_what_it_was_not_told() -> None:
+def test_right_after_a_name_the_tutor_hardly_makes_up_what_it_was_not_told() -> None:
     """After a name, asked for anything else, it says that it does not know it yet."""
     engine, said = open_engine("minigpt", TUTOR), []
     told = {"es": "hola, me llamo Nerea", "en": "hi, I'm Nora"}

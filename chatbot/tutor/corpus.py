@@ -38,9 +38,9 @@ CHAT_TEMPLATE = (
 SPECIAL_TOKENS = ("<|endoftext|>", "<|system|>", "<|user|>", "<|assistant|>")
 FOLLOW_UPS = ("why", "example", "short")
 PLAIN = 4  # words of a short wording
-REFUSED = {"es": 1.1, "en": 1.6}  # how often out of scope: in English more is taken for a topic
-ASIDE = 0.06  # of the messages; of what the user tells:
-ASIDE_TOLD = 0.3
+OUT_OF_SCOPE = {"es": 1.1, "en": 1.6}  # its weight: in English more is taken for a topic
+ASIDE = 0.06  # of the messages have a remark beside them
+ASIDE_TOLD = 0.3  # of those that tell a fact
 ECHO = 0.25  # of the questions about the user hold words of what they ask for
 
 Sections = dict[str, list[str]]  # "es answer" -> its lines
@@ -194,7 +194,7 @@ class Conversations:
         """The user's message and the right reply; the state remembers what it was about."""
         weights = {
             self._topic: 3.0 if not personal else 1.0,
-            self._unknown: REFUSED[state.language] * (5.0 if not personal else 0.9),
+            self._unknown: OUT_OF_SCOPE[state.language] * (5.0 if not personal else 0.9),
             self._small_talk: 0.3 if not personal else 0.4,
             self._repeat: 0.15 if not personal else 0.7,
             self._tell: 0.7 if not personal else 2.5,
@@ -289,7 +289,7 @@ class Conversations:
         state.facts[fact] = value
         state.misheard.discard(fact)
         state.told = fact
-        frame = self._about_user(random, fact, language, "tell", ASIDE_TOLD)
+        frame = self._about_user(random, fact, language, "tell")
         return frame.replace("{value}", value), self._say(section, language, "ack", value)
 
     def _misheard(self, random: Random, state: "_State", user: str) -> tuple[str, str]:
@@ -310,17 +310,16 @@ class Conversations:
             state.topic = random.choice(self.topics)
             return user, self.dialogues.topics[state.topic][f"{language} answer"][0]
         fact = self._fact(random)
-        section = self.dialogues.memory[fact]
         if way < 0.5:
-            return user, section[f"{language} unknown"][0]
+            return user, self.dialogues.memory[fact][f"{language} unknown"][0]
         if way > 0.85:
-            fact, section = state.told, self.dialogues.memory[state.told]
+            fact = state.told
         if fact == state.told or random.random() < 0.4:  # another word, or a part of this one
             words = [word.strip(".,;:!?¡¿()") for word in user.split()]
             others = [word for word in words if word and word not in value]
             part = value[: random.randint(1, max(1, len(value) - 1))]
             value = random.choice(others) if others and random.random() < 0.8 else part
-        return user, self._say(section, language, "ack", value)
+        return user, self._say(self.dialogues.memory[fact], language, "ack", value)
 
     def _ask(self, random: Random, state: "_State", style: str) -> tuple[str, str]:
         told = list(state.facts)
@@ -337,11 +336,10 @@ class Conversations:
             return user, self._say(section, language, "recall", state.facts[fact])
         return user, section[f"{language} unknown"][0]
 
-    def _about_user(
-        self, random: Random, fact: str, language: str, kind: str, aside: float = ASIDE
-    ) -> str:
+    def _about_user(self, random: Random, fact: str, language: str, kind: str) -> str:
         """A fact's line, to tell it or to ask for it, in other words and dress."""
         line = self._memory(random, fact, language, kind)
+        aside = ASIDE_TOLD if kind == "tell" else ASIDE
         return self._dress(random, reword(random, line, self.alike[language]), language, aside)
 
     def _memory(self, random: Random, fact: str, language: str, kind: str) -> str:
@@ -367,7 +365,7 @@ class Conversations:
         return section[f"{language} {kind}"][0].replace("{value}", value)
 
     def _dress(self, random: Random, text: str, language: str, aside: float = ASIDE) -> str:
-        """A wording as somebody else would have typed it, some with an `aside`."""
+        """A wording as somebody else would have typed it, `aside` of them beside a remark."""
         openers = self.dialogues.openers
         if random.random() < aside:
             parts = [text.rstrip("."), random.choice(openers[f"{language} aside"])]

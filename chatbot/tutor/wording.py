@@ -1,8 +1,8 @@
 """A wording as somebody else would have typed it, and names that nobody has.
 
 What the tutor is asked must not hang on a letter, a sign or a single word: case, accents and signs
-vary, letters are swapped, and words are left out, moved, or exchanged for others of their kind. So
-a wording is hardly ever seen twice.
+vary, letters are swapped, and words are left out, moved, exchanged for others of their kind, or
+taken from an earlier message. So a wording is hardly ever seen twice.
 """
 
 import re
