@@ -42,6 +42,16 @@ OUT_OF_SCOPE = {"es": 1.1, "en": 1.6}  # its weight: in English more is taken fo
 ASIDE = 0.06  # of the messages have a remark beside them
 ASIDE_TOLD = 0.3  # of those that tell a fact
 ECHO = 0.25  # of the questions about the user hold words of what they ask for
+COMMON = 0.4  # of what is told or asked about the user is said as most people say it
+ANSWERED = 0.4  # of the tutor's own questions ("What is your name?")
+NEAR = (  # facts whose values or words are alike: one is easily taken for another
+    ("name", "friend_name", "sibling_name", "pet_name"),
+    ("favorite_color", "favorite_food", "favorite_book", "sport"),
+    ("city", "country"),
+    ("job", "study_subject"),
+    ("age", "birthday"),
+    ("computer",),
+)
 
 Sections = dict[str, list[str]]  # "es answer" -> its lines
 
@@ -128,17 +138,17 @@ class Conversations:
         self.plain = {  # what everybody asks first: "What is {term}?"
             language: plain(dialogues.carriers[f"{language} named"]) for language in LANGUAGES
         }
-        self.plain_memory = {
-            fact: {name: plain(lines) for name, lines in section.items()}
-            for fact, section in dialogues.memory.items()
-        }
         self.alike = {
             language: others_of(dialogues.alike[f"{language} words"]) for language in LANGUAGES
         }
         self.telling_memory = {
             language: telling_words(
                 {
-                    fact: [*section[f"{language} tell"], *section[f"{language} ask"]]
+                    fact: [
+                        line
+                        for kind in ("tell", "ask", "common_tell", "common_ask")
+                        for line in section[f"{language} {kind}"]
+                    ]
                     for fact, section in dialogues.memory.items()
                 }
             )
@@ -192,11 +202,15 @@ class Conversations:
 
     def _turn(self, random: Random, state: "_State", style: str, personal: bool) -> tuple[str, str]:
         """The user's message and the right reply; the state remembers what it was about."""
+        wanted, state.wanted = state.wanted, None
+        if wanted is not None and random.random() < ANSWERED:
+            state.topic = None
+            return self._answer(random, state, wanted)
         weights = {
             self._topic: 3.0 if not personal else 1.0,
-            self._unknown: OUT_OF_SCOPE[state.language] * (5.0 if not personal else 0.9),
+            self._unknown: OUT_OF_SCOPE[state.language] * (5.0 if not personal else 1.3),
             self._small_talk: 0.3 if not personal else 0.4,
-            self._repeat: 0.15 if not personal else 0.7,
+            self._repeat: 0.15 if not personal else 0.5,
             self._tell: 0.7 if not personal else 2.5,
             self._ask: 0.3 if not personal else (4.0 if state.facts else 0.3),
             self._follow_up: 0.03 if not state.topic else (6.0 if not personal else 2.5),
@@ -264,7 +278,7 @@ class Conversations:
     def _repeat(self, random: Random, state: "_State", style: str) -> tuple[str, str]:
         """Words that mean nothing, or the last ones: nowhere is copying learned so directly."""
         frames, language = self.dialogues.repeat, state.language
-        if state.last and random.random() < 0.3:
+        if state.last and random.random() < 0.2:
             user = self._dress(random, random.choice(frames[f"{language} again"]), language)
             return user, self._quote(language, state.last)
         things = self.dialogues.carriers[f"{language} things"]
@@ -279,18 +293,32 @@ class Conversations:
 
     def _tell(self, random: Random, state: "_State", style: str) -> tuple[str, str]:
         fact = self._fact(random)
-        section, language = self.dialogues.memory[fact], state.language
-        values = section[f"{language} values"]
-        invented = fact == "name" or fact.endswith("_name") or fact in ("city", "computer")
-        invent = invented and random.random() < 0.5
+        value = self._value(random, state, fact)
+        frame = self._about_user(random, fact, state.language, "tell")
+        return frame.replace("{value}", value), self._fill(state.language, fact, "ack", value)
+
+    def _answer(self, random: Random, state: "_State", fact: str) -> tuple[str, str]:
+        """What the tutor has just asked for: mostly nothing but the value."""
+        value = self._value(random, state, fact)
+        frame = "{value}" + random.choice(["", "", "", ".", "!"])
+        if random.random() < 0.4:
+            frame = self._about_user(random, fact, state.language, "tell")
+        return frame.replace("{value}", value), self._fill(state.language, fact, "ack", value)
+
+    def _value(self, random: Random, state: "_State", fact: str) -> str:
+        """A value for a fact, which the state keeps as told."""
+        values = self.dialogues.memory[fact][f"{state.language} values"]
+        named = fact == "name" or fact.endswith("_name")
+        invent = (named or fact in ("city", "computer")) and random.random() < 0.5
         value = invent_name(random) if invent else random.choice(values)
+        if named and random.random() < 0.1:  # Mary Ellen is not Mary
+            value = f"{value} {random.choice(values)}"
         if random.random() < 0.25:
             value = value.lower()
         state.facts[fact] = value
         state.misheard.discard(fact)
         state.told = fact
-        frame = self._about_user(random, fact, language, "tell")
-        return frame.replace("{value}", value), self._say(section, language, "ack", value)
+        return value
 
     def _misheard(self, random: Random, state: "_State", user: str) -> tuple[str, str]:
         """What the user said, and what a tutor may say that took it for something else.
@@ -319,11 +347,10 @@ class Conversations:
             others = [word for word in words if word and word not in value]
             part = value[: random.randint(1, max(1, len(value) - 1))]
             value = random.choice(others) if others and random.random() < 0.8 else part
-        return user, self._say(self.dialogues.memory[fact], language, "ack", value)
+        return user, self._fill(language, fact, "ack", value)
 
     def _ask(self, random: Random, state: "_State", style: str) -> tuple[str, str]:
-        told = list(state.facts)
-        fact = random.choice(told) if told and random.random() < 0.75 else self._fact(random)
+        fact = self._asked_for(random, list(state.facts))
         section, language = self.dialogues.memory[fact], state.language
         user = self._about_user(random, fact, language, "ask")
         if random.random() < ECHO:  # if nobody said these words before, it was not told
@@ -333,8 +360,18 @@ class Conversations:
         if fact in state.misheard:  # the user's words, whatever they mean: nothing is made up
             return user, self._quote(language, state.said[fact])
         if fact in state.facts:
-            return user, self._say(section, language, "recall", state.facts[fact])
+            return user, self._fill(language, fact, "recall", state.facts[fact])
+        state.wanted = fact
         return user, section[f"{language} unknown"][0]
+
+    def _asked_for(self, random: Random, told: Sequence[str]) -> str:
+        """Mostly a fact that was told; else any, or one near to what was told."""
+        if not told or random.random() < 0.1:
+            return self._fact(random)
+        fact = random.choice(told)
+        if random.random() < 0.83:
+            return fact
+        return random.choice(next(group for group in NEAR if fact in group))
 
     def _about_user(self, random: Random, fact: str, language: str, kind: str) -> str:
         """A fact's line, to tell it or to ask for it, in other words and dress."""
@@ -343,15 +380,14 @@ class Conversations:
         return self._dress(random, reword(random, line, self.alike[language]), language, aside)
 
     def _memory(self, random: Random, fact: str, language: str, kind: str) -> str:
-        """Any line of a fact's section, but oftener a short one, as most people talk.
+        """A line of a fact's section, or one of the few that most people would say.
 
         Others may lose words, but none that tells which fact it is.
         """
-        name = f"{language} {kind}"
-        short = self.plain_memory[fact][name]
-        if short and random.random() < 0.4:
-            return random.choice(short)
-        line = random.choice(self.dialogues.memory[fact][name])
+        section = self.dialogues.memory[fact]
+        if random.random() < COMMON:
+            return random.choice(section[f"{language} common_{kind}"])
+        line = random.choice(section[f"{language} {kind}"])
         return thin(random, line, self.telling_memory[language][fact])
 
     def _fact(self, random: Random) -> str:
@@ -360,9 +396,9 @@ class Conversations:
     def _quote(self, language: str, text: str) -> str:
         return self.dialogues.repeat[f"{language} said"][0].replace("{text}", text)
 
-    @staticmethod
-    def _say(section: Sections, language: str, kind: str, value: str) -> str:
-        return section[f"{language} {kind}"][0].replace("{value}", value)
+    def _fill(self, language: str, fact: str, kind: str, value: str) -> str:
+        """The tutor's sentence about a fact, with its value."""
+        return self.dialogues.memory[fact][f"{language} {kind}"][0].replace("{value}", value)
 
     def _dress(self, random: Random, text: str, language: str, aside: float = ASIDE) -> str:
         """A wording as somebody else would have typed it, `aside` of them beside a remark."""
@@ -388,6 +424,7 @@ class _State:
     language: str
     topic: str | None = None
     told: str | None = None  # the fact that the last message told
+    wanted: str | None = None  # the fact that the tutor has just asked for
     facts: dict[str, str] = field(default_factory=dict)
     last: str | None = None  # what the user said before
     said: dict[str, str] = field(default_factory=dict)  # fact -> the user's words
@@ -448,7 +485,8 @@ def lines_by_subject(dialogues: Dialogues) -> dict[str, list[str]]:
                 subjects[f"{language} {name}"] = section[f"{language} user"]
         for name, section in dialogues.memory.items():
             for kind in ("tell", "ask"):
-                lines = [line.replace("{value}", "") for line in section[f"{language} {kind}"]]
+                lines = [*section[f"{language} {kind}"], *section[f"{language} common_{kind}"]]
+                lines = [line.replace("{value}", "") for line in lines]
                 subjects[f"{language} {kind} {name}"] = lines
         for name, section in dialogues.styles.items():
             subjects[f"{language} style {name}"] = section.get(f"{language} system", [])

@@ -8,7 +8,7 @@ from random import Random
 
 from minigpt.tokenizer import WORD, Tokenizer, byte_letters
 
-CUT = 0.1  # of the words
+CUT = 0.04  # of the words
 LEFT_OUT = 0.25  # of the merges in such a word
 
 

@@ -22,7 +22,7 @@ STEPS_AGAIN = 8500  # of one that goes on from a tutor
 LONG = 28  # tokens; a longer reply may be broken off: hardly any that says a fact again is longer
 DECIDED = 8  # tokens, after which only one reply is left to a question alone
 DECIDED_LATER = 16  # the same in a conversation, and after a style's first words
-MISHEARD = 0.5  # of what the user tells in a conversation; its reply is wrong and not learned
+MISHEARD = 0.4  # of what the user tells in a conversation; its reply is wrong and not learned
 
 Shapes = tuple[tuple[int, int, float], ...]  # tokens a row, rows a batch, how often
 # A question alone: a short one, a longer one, and one after a system prompt.
