@@ -28,6 +28,7 @@ from chatbot.tutor.corpus import (
     SPECIAL_TOKENS,
     Conversations,
     Message,
+    _State,
     read,
 )
 from chatbot.tutor.embeddings import learn_embeddings
@@ -262,6 +263,18 @@ def test_what_was_misheard_is_not_learned_and_is_quoted_when_asked() -> None:
     assert wrong > 300 and quotes > 300
     heard = [TALK.messages(Random(seed), turns=8) for seed in range(100)]
     assert all(m["learned"] == (m["role"] == "assistant") for talk in heard for m in talk)
+
+
+def test_of_two_misheard_messages_the_one_that_told_it_is_quoted(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    said = {"name": "Ana hey", "city": "Lima and you"}
+    state = _State("en", facts={"name": "Ana", "city": "Lima"}, said=said, misheard={*said})
+    for fact, seed in product(said, range(5)):
+        monkeypatch.setattr(TALK, "_asked_for", lambda random, told, fact=fact: fact)
+        assert quoted(TALK._ask(Random(seed), state, "plain")[1]) == said[fact]
+    state.misheard.clear()
+    assert quoted(TALK._ask(Random(0), state, "plain")[1]) is None
 
 
 def test_the_message_before_is_quoted_whole_and_nothing_else_where_all_is_understood() -> None:
