@@ -5,7 +5,8 @@ only if none of its user messages is a line of the training files, whatever case
 and none is a line with something in its {hole}: another line of these files, or, in {value} and
 {text}, where the training data invent names, any word or two; nor is it one of these with what the
 training data put before or behind a message ("Hi,", "thanks"), or in the place of its words ("dog"
-for "cat"). Of a case where nothing was told only the last message must be new: the question.
+for "cat"), nor two that they put together ("I'm Ana and I live in Lima"). Of a case where nothing
+was told only the last message must be new: the question.
 
 Proof: tests/test_tutor.py.
 """
@@ -24,6 +25,7 @@ FOLDER = Path(__file__).parent.parent / "tests" / "held_out"
 DIALOGUES = TUTOR / "dialogues"
 LONGEST, LONGEST_INVENTED = 6, 2  # words in a hole
 HOLE = "_"
+AND = ("y", "and")
 
 Case = dict[str, Any]
 
@@ -60,6 +62,8 @@ class Seen:
     True
     >>> Seen(["My dog is {value}"], alike=["dog cat"]).holds("My cat is Zimar")
     True
+    >>> Seen([], together=["I am {value}", "I like {value}"]).holds("I like Zimar and I am Ana")
+    True
     """
 
     def __init__(
@@ -68,6 +72,7 @@ class Seen:
         before: Iterable[str] = (),
         after: Iterable[str] = (),
         alike: Iterable[str] = (),
+        together: Iterable[str] = (),
     ):
         groups = [words_of(group) for group in alike]
         self.first = {word: group[0] for group in groups for word in group}  # of those alike
@@ -77,12 +82,12 @@ class Seen:
         self.lines: set[str] = set()
         self.frames: dict[str, bool] = {}  # a line with its hole, and whether names are invented
         for line in lines:
-            text, holes = re.subn(r"\{(term|thing|value|text)\}", f" {HOLE} ", line)
-            words = " ".join(self._words(text))
+            words, holes = self._frame(line)
             if not holes:
                 self.lines.add(words)
             elif words != HOLE:  # a hole alone says nothing
                 self.frames[words] = "{value}" in line or "{text}" in line
+        self.together = {self._frame(line)[0]: True for line in together}  # two in a message
 
     @classmethod
     def read(cls, folder: Path = DIALOGUES) -> "Seen":
@@ -104,7 +109,14 @@ class Seen:
         groups = read_file(folder / "alike.txt")["alike"]
         alike = [group for language in LANGUAGES for group in groups[f"{language} words"]]
         lines = (line for line in lines if not line.startswith(("# ", "[")))
-        return cls(lines, before, after, alike)
+        facts = read_file(folder / "memory.txt").values()
+        together = [
+            line
+            for sections in facts
+            for language in LANGUAGES
+            for line in sections[f"{language} common_tell"]
+        ]
+        return cls(lines, before, after, alike, together)
 
     def holds(self, text: str) -> bool:
         """Whether training can show this wording."""
@@ -118,16 +130,29 @@ class Seen:
         """The bare words, of words that are alike always the same one."""
         return [self.first.get(word, word) for word in words_of(text)]
 
+    def _frame(self, line: str) -> tuple[str, int]:
+        """A line's bare words, and how many of them are holes."""
+        text, holes = re.subn(r"\{(term|thing|value|text)\}", f" {HOLE} ", line)
+        return " ".join(self._words(text)), holes
+
     def _holds(self, words: list[str]) -> bool:
         """The same of bare words that nothing stands before or behind."""
-        if " ".join(words) in self.lines:
+        if " ".join(words) in self.lines or self._fits(words, self.frames):
             return True
+        return any(
+            self._fits(words[:i], self.together)
+            and self._fits(words[i + (words[i] in AND) :], self.together)
+            for i in range(1, len(words))
+        )
+
+    def _fits(self, words: list[str], frames: dict[str, bool]) -> bool:
+        """Whether the words are one of these lines with something in its hole."""
         for start in range(len(words)):
             for end in range(start + 1, min(start + LONGEST, len(words)) + 1):
                 frame = " ".join([*words[:start], HOLE, *words[end:]])
                 known = " ".join(words[start:end]) in self.lines
-                invented = self.frames.get(frame, False) and end - start <= LONGEST_INVENTED
-                if frame in self.frames and (known or invented):
+                invented = frames.get(frame, False) and end - start <= LONGEST_INVENTED
+                if frame in frames and (known or invented):
                     return True
         return False
 

@@ -168,6 +168,16 @@ def ack_pattern(*facts: str) -> re.Pattern[str]:
     )
 
 
+ACK = ack_pattern(*DATA.memory).pattern.replace("(.+)", "(.+?)")
+ACKS = re.compile(f"(?:{ACK})(?: (?:{ACK}))?")
+
+
+def values_told(reply: str) -> list[str]:
+    """The values in a reply to what was told, one or two of them; none in any other reply."""
+    match = ACKS.fullmatch(reply)
+    return [value for value in match.groups() if value] if match else []
+
+
 def quoted(reply: str) -> str | None:
     """The user's words that a reply says again, or None."""
     for language in LANGUAGES:
@@ -178,15 +188,16 @@ def quoted(reply: str) -> str | None:
 
 
 def test_a_value_that_is_told_stands_in_the_message_whole() -> None:
-    said, dressed = ack_pattern(*DATA.memory), 0
+    dressed = two = 0
     before = tuple(DATA.openers["es before"] + DATA.openers["en before"])
     for seed in range(600):
         messages = TALK.messages(Random(seed), turns=4)
         for user, reply in pairwise(messages):
-            if m := said.fullmatch(reply["content"]):
-                assert next(filter(None, m.groups())) in user["content"], user
-                dressed += user["content"].startswith(before)
-    assert dressed > 20
+            values = values_told(reply["content"])
+            assert all(value in user["content"] for value in values), user
+            dressed += bool(values) and user["content"].startswith(before)
+            two += len(values) == 2
+    assert dressed > 20 and two > 20
 
 
 def test_what_the_tutor_asks_for_is_often_told_next_and_then_mostly_in_a_word() -> None:
@@ -209,7 +220,6 @@ def test_what_the_tutor_asks_for_is_often_told_next_and_then_mostly_in_a_word() 
 
 
 def test_a_part_of_what_is_told_has_a_remark_beside_it() -> None:
-    told = ack_pattern(*DATA.memory)
     remarks = [
         " ".join(words_of(line))
         for language in LANGUAGES
@@ -219,7 +229,7 @@ def test_a_part_of_what_is_told_has_a_remark_beside_it() -> None:
         any(remark in " ".join(words_of(user["content"])) for remark in remarks)
         for seed in range(400)
         for user, reply in pairwise(TALK.messages(Random(seed), turns=4))
-        if told.fullmatch(reply["content"])
+        if len(values_told(reply["content"])) == 1
     ]
     assert 0.15 < sum(beside) / len(beside) < 0.4
 
@@ -244,7 +254,6 @@ def test_a_memory_line_loses_words_but_none_that_tells_its_fact() -> None:
 
 def test_what_was_misheard_is_not_learned_and_is_quoted_when_asked() -> None:
     """The replies to what the user tells are all wrong; those to the questions after it, right."""
-    acks = ack_pattern(*DATA.memory)
     wrong = quotes = 0
     for seed in range(300):
         stream = TALK.conversation(Random(seed), personal=1.0, misheard=1.0)
@@ -254,7 +263,7 @@ def test_what_was_misheard_is_not_learned_and_is_quoted_when_asked() -> None:
             if message["role"] == "user":
                 said.append(message["content"])
             elif message["learned"]:
-                assert not acks.fullmatch(message["content"])
+                assert len(values_told(message["content"])) != 1  # who tells two facts is heard
                 if (words := quoted(message["content"])) is not None:
                     assert words in said
                     quotes += 1
@@ -407,6 +416,9 @@ def test_a_wording_that_was_shown_is_noticed_in_any_dress(tmp_path: Path) -> Non
         "[en before]\nHi,\n[en after]\nthx\n[en aside]\nit rains\n"
     )
     (tmp_path / "alike.txt").write_text("# alike\n[es words]\natención máscara\n[en words]\na b\n")
+    (tmp_path / "memory.txt").write_text(
+        "# a\n[es common_tell]\nMe llamo {value}\nVivo en {value}\n[en common_tell]\nI am {value}\n"
+    )
     seen = Seen.read(tmp_path)
     plain = ("DONDE ESTA LA ATENCION", "explica la cache kv!", "Soy Zimar", "soy Ana Paz")
     dressed = (
@@ -416,10 +428,11 @@ def test_a_wording_that_was_shown_is_noticed_in_any_dress(tmp_path: Path) -> Non
         "Soy Zimar. Llueve",
     )
     alike = ("¿Dónde está la máscara?", "hi, donde esta la mascara")
-    for text in (*plain, *dressed, *alike):
+    two = ("Me llamo Ana y vivo en Lima", "Buenas, vivo en La Caché KV. Me llamo Zimar Paz")
+    for text in (*plain, *dressed, *alike, *two):
         assert seen.holds(text), text
     unlike = ("¿Dónde está?", "explica la poesía", "Soy quien te lo pregunta", "a", "Zimar")
-    for text in (*unlike, "Hola, ¿dónde está la atención?"):
+    for text in (*unlike, "Hola, ¿dónde está la atención?", "Soy Ana y explica la caché KV"):
         assert not seen.holds(text), text
 
 

@@ -43,6 +43,8 @@ ASIDE = 0.06  # of the messages have a remark beside them
 ASIDE_TOLD = 0.3  # of those that tell a fact
 ECHO = 0.25  # of the questions about the user hold words of what they ask for
 COMMON = 0.4  # of what is told or asked about the user is said as most people say it
+TWO = 0.2  # of the messages that tell a fact tell two
+JOINS = {"es": (" y ", " y ", ", ", ". "), "en": (" and ", " and ", ", ", ". ")}
 ANSWERED = 0.4  # of the tutor's own questions ("What is your name?")
 NEAR = (  # facts whose values or words are alike: one is easily taken for another
     ("name", "friend_name", "sibling_name", "pet_name"),
@@ -188,11 +190,10 @@ class Conversations:
             if random.random() < 0.04:
                 state.language = random.choices(LANGUAGES, SHARES)[0]
             user, reply = self._turn(random, state, style or "plain", about_user)
-            wrong = state.told is not None and random.random() < misheard
+            wrong = len(state.told) == 1 and random.random() < misheard
             if wrong:
-                user, reply = self._misheard(random, state, user)
-            if state.told is not None:
-                state.said[state.told] = user
+                user, reply = self._misheard(random, state, state.told[0], user)
+            state.said.update(dict.fromkeys(state.told, user))
             state.last = user
             yield Message(role="user", content=user, learned=False)
             yield Message(role="assistant", content=reply, learned=not wrong)
@@ -202,7 +203,7 @@ class Conversations:
 
     def _turn(self, random: Random, state: "_State", style: str, personal: bool) -> tuple[str, str]:
         """The user's message and the right reply; the state remembers what it was about."""
-        wanted, state.wanted = state.wanted, None
+        wanted, state.wanted, state.told = state.wanted, None, ()
         if wanted is not None and random.random() < ANSWERED:
             state.topic = None
             return self._answer(random, state, wanted)
@@ -218,7 +219,6 @@ class Conversations:
         kind = random.choices(list(weights), list(weights.values()))[0]
         if kind not in (self._topic, self._follow_up):
             state.topic = None
-        state.told = None
         return kind(random, state, style)
 
     def _topic(self, random: Random, state: "_State", style: str) -> tuple[str, str]:
@@ -293,9 +293,30 @@ class Conversations:
 
     def _tell(self, random: Random, state: "_State", style: str) -> tuple[str, str]:
         fact = self._fact(random)
+        if random.random() < TWO:
+            return self._tell_two(random, state, fact)
         value = self._value(random, state, fact)
         frame = self._about_user(random, fact, state.language, "tell")
         return frame.replace("{value}", value), self._fill(state.language, fact, "ack", value)
+
+    def _tell_two(self, random: Random, state: "_State", first: str) -> tuple[str, str]:
+        """ "I'm Ana and I live in Lima": both are heard, and the reply says both."""
+        language, memory = state.language, self.dialogues.memory
+        facts = first, random.choice([fact for fact in memory if fact != first])
+        values = [self._value(random, state, fact) for fact in facts]
+        one, other = (random.choice(memory[fact][f"{language} common_tell"]) for fact in facts)
+        join = random.choice(JOINS[language])
+        if join != ". " and not other.startswith("I"):
+            other = other[0].lower() + other[1:]
+        frame = f"{one.rstrip('.')}{join}{other.replace('{value}', '{other}')}"
+        user = self._dress(random, frame, language)  # which changes nothing in a hole
+        user = user.replace("{value}", values[0]).replace("{other}", values[1])
+        state.told = facts
+        replies = [
+            self._fill(language, fact, "ack", value)
+            for fact, value in zip(facts, values, strict=True)
+        ]
+        return user, " ".join(replies)
 
     def _answer(self, random: Random, state: "_State", fact: str) -> tuple[str, str]:
         """What the tutor has just asked for: mostly nothing but the value."""
@@ -317,21 +338,20 @@ class Conversations:
             value = value.lower()
         state.facts[fact] = value
         state.misheard.discard(fact)
-        state.told = fact
+        state.told = (fact,)
         return value
 
-    def _misheard(self, random: Random, state: "_State", user: str) -> tuple[str, str]:
+    def _misheard(self, random: Random, state: "_State", told: str, user: str) -> tuple[str, str]:
         """What the user said, and what a tutor may say that took it for something else.
 
         It will take odd wordings so. If all replies that it ever read were right, it would believe
         its own, and not know what the user said before them. Half of these messages lose words, and
         are hardly to be understood: who is asked later must find the likely one, and quotes it.
         """
-        assert state.told is not None
-        language, value, way = state.language, state.facts[state.told], random.random()
+        language, value, way = state.language, state.facts[told], random.random()
         if random.random() < 0.5:
             user = mumble(random, user, value)
-        state.misheard.add(state.told)
+        state.misheard.add(told)
         if way < 0.35:
             return user, self.dialogues.unknown[f"{language} reply"][0]
         if way < 0.45:
@@ -341,8 +361,8 @@ class Conversations:
         if way < 0.5:
             return user, self.dialogues.memory[fact][f"{language} unknown"][0]
         if way > 0.85:
-            fact = state.told
-        if fact == state.told or random.random() < 0.4:  # another word, or a part of this one
+            fact = told
+        if fact == told or random.random() < 0.4:  # another word, or a part of this one
             words = [word.strip(".,;:!?¡¿()") for word in user.split()]
             others = [word for word in words if word and word not in value]
             part = value[: random.randint(1, max(1, len(value) - 1))]
@@ -397,7 +417,7 @@ class Conversations:
         return self.dialogues.repeat[f"{language} said"][0].replace("{text}", text)
 
     def _fill(self, language: str, fact: str, kind: str, value: str) -> str:
-        """The tutor's sentence about a fact, with its value."""
+        """What the tutor says about a fact, with its value."""
         return self.dialogues.memory[fact][f"{language} {kind}"][0].replace("{value}", value)
 
     def _dress(self, random: Random, text: str, language: str, aside: float = ASIDE) -> str:
@@ -423,7 +443,7 @@ class Conversations:
 class _State:
     language: str
     topic: str | None = None
-    told: str | None = None  # the fact that the last message told
+    told: tuple[str, ...] = ()  # the facts that the last message told
     wanted: str | None = None  # the fact that the tutor has just asked for
     facts: dict[str, str] = field(default_factory=dict)
     last: str | None = None  # what the user said before

@@ -87,20 +87,21 @@ PHASES = (
         styled=0.4,
     ),
 )
-# A model that can talk goes on from here: mostly in conversations, from the first step.
+# A model that can talk goes on from here: questions alone, of which a step holds the most, and
+# conversations, from the first step.
 AGAIN = (
     Phase(
-        end=0.55,
-        single=0.25,
-        shapes=((64, 64, 0.15), (128, 32, 0.60), (256, 16, 0.25)),
+        end=0.5,
+        single=0.55,
+        shapes=((64, 64, 0.40), (128, 32, 0.45), (256, 16, 0.15)),
         broken_off=0.85,
-        personal=0.65,
-        styled=0.45,
+        personal=0.7,
+        styled=0.4,
     ),
     Phase(
         end=math.inf,
-        single=0.25,
-        shapes=((64, 64, 0.15), (128, 32, 0.50), (256, 16, 0.30), (512, 8, 0.05)),
+        single=0.45,
+        shapes=((64, 64, 0.30), (128, 32, 0.45), (256, 16, 0.20), (512, 8, 0.05)),
         broken_off=0.3,
         personal=0.65,
         styled=0.5,
@@ -162,7 +163,7 @@ class Rows:
             ids: list[int] = []
             labels: list[int] = []
             decided = DECIDED
-            for message in self.conversations.conversation(random, personal=0.6, styled=0.35):
+            for message in self.conversations.conversation(random, personal=0.7, styled=0.3):
                 decided = DECIDED_LATER if message["role"] == "system" else decided
                 more, learned = self._encode(random, message, decided)
                 ids += more
