@@ -88,7 +88,7 @@ PHASES = (
     ),
 )
 # A model that can talk goes on from here: questions alone, of which a step holds the most, and
-# conversations, from the first step.
+# conversations, from the first step; in the end whole replies, which the others forget.
 AGAIN = (
     Phase(
         end=0.5,
@@ -99,12 +99,20 @@ AGAIN = (
         styled=0.4,
     ),
     Phase(
-        end=math.inf,
+        end=0.85,
         single=0.45,
         shapes=((64, 64, 0.30), (128, 32, 0.45), (256, 16, 0.20), (512, 8, 0.05)),
         broken_off=0.3,
         personal=0.65,
         styled=0.5,
+    ),
+    Phase(
+        end=math.inf,
+        single=0.25,
+        shapes=((64, 64, 0.15), (128, 32, 0.50), (256, 16, 0.30), (512, 8, 0.05)),
+        broken_off=0.15,
+        personal=0.5,
+        styled=0.55,
     ),
 )
 
