@@ -19,13 +19,12 @@ from pathlib import Path
 from typing import Any
 
 from chatbot.engines import TUTOR
-from chatbot.tutor.corpus import LANGUAGES, read_file
+from chatbot.tutor.corpus import JOINS, LANGUAGES, read_file
 
 FOLDER = Path(__file__).parent.parent / "tests" / "held_out"
 DIALOGUES = TUTOR / "dialogues"
 LONGEST, LONGEST_INVENTED = 6, 2  # words in a hole
 HOLE = "_"
-AND = ("y", "and")
 
 Case = dict[str, Any]
 
@@ -50,6 +49,9 @@ def words_of(text: str) -> list[str]:
     """
     letters = unicodedata.normalize("NFD", text.casefold())
     return re.findall(r"\w+", "".join(c for c in letters if not unicodedata.combining(c)))
+
+
+AND = {word for joins in JOINS.values() for join in joins for word in words_of(join)}
 
 
 class Seen:
@@ -87,7 +89,7 @@ class Seen:
                 self.lines.add(words)
             elif words != HOLE:  # a hole alone says nothing
                 self.frames[words] = "{value}" in line or "{text}" in line
-        self.together = {self._frame(line)[0]: True for line in together}  # two in a message
+        self.together = {self._frame(line)[0]: True for line in together}  # the same, of such pairs
 
     @classmethod
     def read(cls, folder: Path = DIALOGUES) -> "Seen":

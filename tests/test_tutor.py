@@ -160,7 +160,7 @@ def ack_pattern(*facts: str) -> re.Pattern[str]:
     """Matches what is said when one of these facts is told, its value in a group."""
     return re.compile(
         "|".join(
-            re.escape(line).replace(r"\{value\}", "(.+)")
+            re.escape(line).replace(r"\{value\}", "(.+?)")
             for language in LANGUAGES
             for fact in facts
             for line in DATA.memory[fact][f"{language} ack"]
@@ -168,7 +168,7 @@ def ack_pattern(*facts: str) -> re.Pattern[str]:
     )
 
 
-ACK = ack_pattern(*DATA.memory).pattern.replace("(.+)", "(.+?)")
+ACK = ack_pattern(*DATA.memory).pattern
 ACKS = re.compile(f"(?:{ACK})(?: (?:{ACK}))?")
 
 
@@ -238,8 +238,8 @@ def test_a_memory_line_loses_words_but_none_that_tells_its_fact() -> None:
     lost = 0
     for fact, language, kind in product(DATA.memory, LANGUAGES, ("tell", "ask")):
         section = DATA.memory[fact]
-        lines = section[f"{language} {kind}"] + section[f"{language} common_{kind}"]
-        written = {line: words_of(line) for line in lines}
+        shown = section[f"{language} {kind}"] + section[f"{language} common_{kind}"]
+        written = {line: words_of(line) for line in shown}
         whole = {" ".join(sorted(words)) for words in written.values()}
         telling = TALK.telling_memory[language][fact]
         assert telling

@@ -43,9 +43,9 @@ ASIDE = 0.06  # of the messages have a remark beside them
 ASIDE_TOLD = 0.3  # of those that tell a fact
 ECHO = 0.25  # of the questions about the user hold words of what they ask for
 COMMON = 0.4  # of what is told or asked about the user is said as most people say it
-TWO = 0.2  # of the messages that tell a fact tell two
+TWO = 0.2  # of the messages that tell something tell two facts
 JOINS = {"es": (" y ", " y ", ", ", ". "), "en": (" and ", " and ", ", ", ". ")}
-ANSWERED = 0.4  # of the tutor's own questions ("What is your name?")
+ANSWERED = 0.4  # of the tutor's own questions ("What is your name?") are answered next
 NEAR = (  # facts whose values or words are alike: one is easily taken for another
     ("name", "friend_name", "sibling_name", "pet_name"),
     ("favorite_color", "favorite_food", "favorite_book", "sport"),
@@ -295,15 +295,15 @@ class Conversations:
         fact = self._fact(random)
         if random.random() < TWO:
             return self._tell_two(random, state, fact)
-        value = self._value(random, state, fact)
+        value = self._told(random, state, fact)
         frame = self._about_user(random, fact, state.language, "tell")
         return frame.replace("{value}", value), self._fill(state.language, fact, "ack", value)
 
     def _tell_two(self, random: Random, state: "_State", first: str) -> tuple[str, str]:
-        """ "I'm Ana and I live in Lima": both are heard, and the reply says both."""
+        """Two facts as most people tell them ("I'm Ana and I live in Lima"); the reply says both."""
         language, memory = state.language, self.dialogues.memory
         facts = first, random.choice([fact for fact in memory if fact != first])
-        values = [self._value(random, state, fact) for fact in facts]
+        values = [self._told(random, state, fact) for fact in facts]
         one, other = (random.choice(memory[fact][f"{language} common_tell"]) for fact in facts)
         join = random.choice(JOINS[language])
         if join != ". " and not other.startswith("I"):
@@ -311,7 +311,6 @@ class Conversations:
         frame = f"{one.rstrip('.')}{join}{other.replace('{value}', '{other}')}"
         user = self._dress(random, frame, language)  # which changes nothing in a hole
         user = user.replace("{value}", values[0]).replace("{other}", values[1])
-        state.told = facts
         replies = [
             self._fill(language, fact, "ack", value)
             for fact, value in zip(facts, values, strict=True)
@@ -320,14 +319,14 @@ class Conversations:
 
     def _answer(self, random: Random, state: "_State", fact: str) -> tuple[str, str]:
         """What the tutor has just asked for: mostly nothing but the value."""
-        value = self._value(random, state, fact)
+        value = self._told(random, state, fact)
         frame = "{value}" + random.choice(["", "", "", ".", "!"])
         if random.random() < 0.4:
             frame = self._about_user(random, fact, state.language, "tell")
         return frame.replace("{value}", value), self._fill(state.language, fact, "ack", value)
 
-    def _value(self, random: Random, state: "_State", fact: str) -> str:
-        """A value for a fact, which the state keeps as told."""
+    def _told(self, random: Random, state: "_State", fact: str) -> str:
+        """Draw a value for a fact; the state notes that this message tells it."""
         values = self.dialogues.memory[fact][f"{state.language} values"]
         named = fact == "name" or fact.endswith("_name")
         invent = (named or fact in ("city", "computer")) and random.random() < 0.5
@@ -338,7 +337,7 @@ class Conversations:
             value = value.lower()
         state.facts[fact] = value
         state.misheard.discard(fact)
-        state.told = (fact,)
+        state.told += (fact,)
         return value
 
     def _misheard(self, random: Random, state: "_State", told: str, user: str) -> tuple[str, str]:
