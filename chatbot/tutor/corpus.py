@@ -300,7 +300,7 @@ class Conversations:
         return frame.replace("{value}", value), self._fill(state.language, fact, "ack", value)
 
     def _tell_two(self, random: Random, state: "_State", first: str) -> tuple[str, str]:
-        """Two facts as most people tell them ("I'm Ana and I live in Lima"); the reply says both."""
+        """Two facts as most people tell them: "I'm Ana and I live in Lima"; the reply has both."""
         language, memory = state.language, self.dialogues.memory
         facts = first, random.choice([fact for fact in memory if fact != first])
         values = [self._told(random, state, fact) for fact in facts]
