@@ -27,6 +27,7 @@ from hf_bridge.model import GPT
 
 Batch = Mapping[str, Tensor]
 Record = dict[str, Any]
+OPTIMIZERS = ("adamw", "muon")
 _RULES: dict[str, tuple[Callable[[float], bool], tuple[str, ...]]] = {
     "at least 1": (lambda x: x >= 1, ("max_steps", "gradient_accumulation_steps")),
     "0 or more": (
@@ -53,6 +54,7 @@ class TrainConfig:
     adam_beta1: float = 0.9
     adam_beta2: float = 0.95
     adam_epsilon: float = 1e-8
+    optim: str = "adamw"
     bf16: bool = False
     eval_steps: int = 0
     save_steps: int = 0
@@ -71,6 +73,8 @@ class TrainConfig:
                 f"warmup_steps must be in [0, max_steps], "
                 f"got {self.warmup_steps} of {self.max_steps}"
             )
+        if self.optim not in OPTIMIZERS:
+            raise ValueError(f"optim must be one of {', '.join(OPTIMIZERS)}, got {self.optim!r}")
         if not 0 <= self.seed < 2**32:  # numpy, and so the library, takes no other
             raise ValueError(f"seed must be in [0, 2**32), got {self.seed}")
 

@@ -27,6 +27,7 @@ from hf_bridge import runs
 from hf_bridge.batches import IGNORED
 from hf_bridge.files import writing
 from hf_bridge.model import GPT
+from hf_bridge.muon import Muon
 from hf_bridge.optimize import Batch, Record, TrainConfig, causal_loss, check_batch, with_positions
 
 
@@ -51,6 +52,7 @@ class ExactTrainer(Trainer):
             config.arguments(str(folder), use_cpu=use_cpu, evaluates=evaluate is not None),
             eval_dataset=[],  # not looked at: `evaluate` knows its own
             compute_loss_func=_mean_loss,
+            optimizer_cls_and_kwargs=_muon(config) if config.optim == "muon" else None,
         )
         self.remove_callback(PrinterCallback)
         self.remove_callback(ProgressCallback)
@@ -223,6 +225,16 @@ class Steps(TrainerCallback):
 
     def on_train_end(self, args, state, control, **_others) -> None:
         self.bar.close()
+
+
+def _muon(config: TrainConfig) -> tuple[type[Muon], dict[str, Any]]:
+    """The optimizer that the library does not have, and its numbers."""
+    return Muon, {
+        "lr": config.learning_rate,
+        "betas": (config.adam_beta1, config.adam_beta2),
+        "eps": config.adam_epsilon,
+        "fused": True,
+    }
 
 
 def _mean_loss(outputs, labels, num_items_in_batch=None) -> Tensor:

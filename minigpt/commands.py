@@ -92,6 +92,8 @@ def _add_run(command: argparse.ArgumentParser, *, learning_rate: float, epochs: 
         kind = type(default)
         sign = "N" if kind is int else "X"
         flag(name, type=kind, default=default, metavar=sign, help=f"{meaning} ({default})")
+    optimizers = ("adamw", "muon")
+    flag("--optim", choices=optimizers, default="adamw", help="muon: for matrices (adamw)")
     flag("--bf16", action="store_true", help="compute in bfloat16, where the machine is fast at it")
     flag("--resume-from-checkpoint", action="store_true", help="go on where a run was killed")
     flag("--debug", action="store_true", help="show the traceback of an error")

@@ -5,6 +5,8 @@
     w    -= rate(step) * (m^ / (sqrt(v^) + eps) + weight_decay * w)
                                                           (Loshchilov & Hutter 2019, algorithm 2)
 
+That is AdamW; matrices can learn by Muon instead: muon.py.
+
 Several processes share the rows of each batch and add up their gradients, all divided by the
 number of tokens in the whole step: however a step is divided into batches and processes, it is
 the same step.
@@ -26,9 +28,11 @@ from torch import Tensor, nn
 
 from minigpt.batches import IGNORED
 from minigpt.model import GPT
+from minigpt.muon import Muon
 
 Batch = Mapping[str, Tensor]  # "input_ids" and "labels" (B, T), perhaps "attention_mask"
 Record = dict[str, Any]
+OPTIMIZERS = ("adamw", "muon")
 
 
 @dataclass(frozen=True)
@@ -54,6 +58,7 @@ class TrainConfig:
     adam_beta1: float = 0.9
     adam_beta2: float = 0.95
     adam_epsilon: float = 1e-8
+    optim: str = "adamw"  # or "muon", for the matrices
     bf16: bool = False  # compute in bfloat16 by autocast; weights and moments stay as they are
     eval_steps: int = 0  # evaluate every so many steps, and at the end; 0: only at the end
     save_steps: int = 0  # keep a checkpoint every so many steps, and at the end; 0: none
@@ -91,6 +96,8 @@ class TrainConfig:
             )
         if not 0 <= self.min_lr_rate <= 1:
             raise ValueError(f"min_lr_rate must be in [0, 1], got {self.min_lr_rate}")
+        if self.optim not in OPTIMIZERS:
+            raise ValueError(f"optim must be one of {', '.join(OPTIMIZERS)}, got {self.optim!r}")
         if not 0 <= self.seed < 2**32:  # numpy, and so transformers, takes no other
             raise ValueError(f"seed must be in [0, 2**32), got {self.seed}")
 
@@ -110,7 +117,7 @@ def learning_rate(step: int, config: TrainConfig) -> float:
 
 
 def make_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.AdamW:
-    """AdamW over the parameters that require grad, the decaying matrices first.
+    """AdamW or Muon over the parameters that require grad, the decaying matrices first.
 
     Raises ValueError if there are none.
     """
@@ -126,8 +133,9 @@ def make_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.AdamW:
         {"params": matrices, "weight_decay": config.weight_decay},
         {"params": others, "weight_decay": 0.0},
     ]
-    return torch.optim.AdamW(
-        [group for group in groups if group["params"]],
+    kind = Muon if config.optim == "muon" else torch.optim.AdamW
+    return kind(
+        groups,
         lr=config.learning_rate,
         betas=(config.adam_beta1, config.adam_beta2),
         eps=config.adam_epsilon,
@@ -169,7 +177,7 @@ def update(
     step: int,
     config: TrainConfig,
 ) -> Record:
-    """One step: the gradients of all its batches, clipped, then AdamW."""
+    """One step: the gradients of all its batches, clipped, then the optimizer."""
     start = time.perf_counter()
     rank, world = processes()
     model.train()

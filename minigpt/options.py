@@ -65,6 +65,7 @@ def run_config(options: argparse.Namespace, rows: int) -> TrainConfig:
         gradient_accumulation_steps=options.gradient_accumulation_steps,
         weight_decay=options.weight_decay,
         max_grad_norm=options.max_grad_norm,
+        optim=options.optim,
         bf16=options.bf16,
         eval_steps=options.eval_steps or min(epoch, steps),
         save_steps=options.save_steps or options.eval_steps or min(epoch, steps),

@@ -136,7 +136,7 @@ def load_checkpoint(
         if not p.requires_grad:
             continue
         p.copy_(weights[name])
-        for key in ("step", "exp_avg", "exp_avg_sq"):
+        for key in ("step", "exp_avg", "exp_avg_sq", "mean"):
             if f"{name}.{key}" in moments:  # a parameter that has had no gradient yet has none
                 optimizer.state[p][key] = moments[f"{name}.{key}"].to(p.device)
     return state

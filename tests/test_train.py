@@ -325,9 +325,10 @@ class Crash(Exception):
     pass
 
 
+@pytest.mark.parametrize("optim", ["adamw", "muon"])
 @pytest.mark.parametrize("step", range(1, 9))
-def test_a_run_that_ends_at_any_step_goes_on_to_the_same_weights(step, tmp_path):
-    config = TrainConfig(max_steps=8, warmup_steps=2, save_steps=1, eval_steps=2)
+def test_a_run_that_ends_at_any_step_goes_on_to_the_same_weights(step, optim, tmp_path):
+    config = TrainConfig(max_steps=8, warmup_steps=2, save_steps=1, eval_steps=2, optim=optim)
 
     def until(i):
         if i == step:
@@ -557,8 +558,9 @@ def new_model_hf_config():
     )
 
 
-def test_the_trainer_resumes_to_the_same_weights_too(tmp_path):
-    config = hf_bridge.train.TrainConfig(max_steps=6, save_steps=2, warmup_steps=2)
+@pytest.mark.parametrize("optim", ["adamw", "muon"])
+def test_the_trainer_resumes_to_the_same_weights_too(optim, tmp_path):
+    config = hf_bridge.train.TrainConfig(max_steps=6, save_steps=2, warmup_steps=2, optim=optim)
 
     def new() -> HF:
         return HF(new_model_hf_config(), generator=torch.Generator().manual_seed(0))
@@ -661,6 +663,7 @@ def test_the_trainer_stops_at_a_loss_that_is_no_number():
         ),
         ({"learning_rate": math.nan}, "learning_rate must be a positive number, got nan"),
         ({"weight_decay": -1.0}, "weight_decay must be 0 or more, got -1.0"),
+        ({"optim": "sgd"}, "optim must be one of adamw, muon, got 'sgd'"),
         ({"save_steps": -2}, "save_steps must be 0 or more, got -2"),
         ({"adam_beta2": 1.0}, r"adam_beta2 must be in \[0, 1\), got 1.0"),
         ({"warmup_steps": 9}, r"warmup_steps must be in \[0, max_steps\], got 9 of 5"),

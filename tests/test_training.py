@@ -114,6 +114,20 @@ def test_the_log_has_each_step_and_evaluation(side, trained):
 
 
 @BOTH
+def test_matrices_learn_by_muon_on_demand(side, trained, text, tmp_path):
+    folder = tmp_path / "out"
+    flags = ["--data", text, "--output", folder, *SMALL, "--optim", "muon"]
+    assert run(side, "train", *flags) == 0
+    muon, adamw = (
+        [json.loads(line).get("loss") for line in (path / "log.jsonl").read_text().splitlines()]
+        for path in (folder, trained[side])
+    )
+    assert muon[0] == adamw[0]
+    assert muon[3] not in (muon[0], adamw[3])
+    assert GPT.from_pretrained(folder).config.n_embd == 32
+
+
+@BOTH
 def test_both_sides_measure_the_same_model_alike(side, trained, text, capsys):
     assert run(side, "eval", "--model", trained["minigpt"], "--data", text, "--stride", "7") == 0
     out = capsys.readouterr().out
