@@ -117,7 +117,8 @@ def training_config(options: argparse.Namespace) -> TrainConfig:
     """How the loop trains; ValueError for steps or a seed that cannot be."""
     return TrainConfig(
         max_steps=options.steps,
-        learning_rate=2e-3 if options.start is None else 1e-3,  # more undoes what is learned
+        optim="adamw" if options.start is None else "muon",
+        learning_rate=2e-3 if options.start is None else 4e-4,  # more undoes what is learned
         min_lr_rate=0.01,
         warmup_steps=min(200, options.steps // 10),
         weight_decay=0.1,

@@ -38,7 +38,7 @@ CHAT_TEMPLATE = (
 SPECIAL_TOKENS = ("<|endoftext|>", "<|system|>", "<|user|>", "<|assistant|>")
 FOLLOW_UPS = ("why", "example", "short")
 PLAIN = 4  # words of a short wording
-OUT_OF_SCOPE = {"es": 1.1, "en": 2.0}  # its weight: in English more is taken for a topic
+OUT_OF_SCOPE = {"es": 1.1, "en": 2.6}  # its weight: in English more is taken for a topic
 ASIDE = 0.06  # of the messages have a remark beside them
 ASIDE_TOLD = 0.3  # of those that tell a fact
 ECHO = 0.25  # of the questions about the user hold words of what they ask for
@@ -212,8 +212,8 @@ class Conversations:
             self._unknown: OUT_OF_SCOPE[state.language] * (5.0 if not personal else 1.3),
             self._small_talk: 0.3 if not personal else 0.4,
             self._repeat: 0.15 if not personal else 0.5,
-            self._tell: 0.7 if not personal else 2.5,
-            self._ask: 0.3 if not personal else (4.0 if state.facts else 0.3),
+            self._tell: 0.7 if not personal else (2.5 if state.facts else 6.0),
+            self._ask: 0.3 if not personal else (4.0 if state.facts else 0.6),
             self._follow_up: 0.03 if not state.topic else (6.0 if not personal else 2.5),
         }
         kind = random.choices(list(weights), list(weights.values()))[0]

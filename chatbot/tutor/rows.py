@@ -18,7 +18,7 @@ from minigpt import Tokenizer
 from minigpt.batches import IGNORED
 
 STEPS = 9600  # of the whole training, of about 4,096 tokens each
-STEPS_AGAIN = 8500  # of one that goes on from a tutor
+STEPS_AGAIN = 6000  # of one that goes on from a tutor
 LONG = 28  # tokens; a longer reply may be broken off: hardly any that says a fact again is longer
 DECIDED = 8  # tokens, after which only one reply is left to a question alone
 DECIDED_LATER = 16  # the same in a conversation, and after a style's first words
@@ -87,20 +87,20 @@ PHASES = (
         styled=0.4,
     ),
 )
-# A model that can talk goes on from here: questions alone, of which a step holds the most, and
-# conversations, from the first step; in the end whole replies, which the others forget.
+# A model that can talk goes on from here: first mostly questions alone, of which a step holds the
+# most, then as many conversations, in the end whole replies, which the others forget.
 AGAIN = (
     Phase(
-        end=0.5,
-        single=0.55,
+        end=0.4,
+        single=0.75,
         shapes=((64, 64, 0.40), (128, 32, 0.45), (256, 16, 0.15)),
         broken_off=0.85,
-        personal=0.7,
+        personal=0.8,
         styled=0.4,
     ),
     Phase(
-        end=0.85,
-        single=0.45,
+        end=0.8,
+        single=0.5,
         shapes=((64, 64, 0.30), (128, 32, 0.45), (256, 16, 0.20), (512, 8, 0.05)),
         broken_off=0.3,
         personal=0.65,
@@ -108,7 +108,7 @@ AGAIN = (
     ),
     Phase(
         end=math.inf,
-        single=0.25,
+        single=0.3,
         shapes=((64, 64, 0.15), (128, 32, 0.50), (256, 16, 0.30), (512, 8, 0.05)),
         broken_off=0.15,
         personal=0.5,
@@ -145,7 +145,7 @@ class Rows:
         shapes = EXCHANGES if single else phase.shapes
         length, rows, _ = random.choices(shapes, [share for *_, share in shapes])[0]
         pairs = [
-            self.exchange(random, length) if single else self.row(random, length, phase)
+            self.exchange(random, length, phase) if single else self.row(random, length, phase)
             for _ in range(rows)
         ]
         return [ids for ids, _ in pairs], [labels for _, labels in pairs]
@@ -164,14 +164,16 @@ class Rows:
             labels += learned
         return ids[:length], labels[:length]
 
-    def exchange(self, random: Random, length: int) -> tuple[list[int], list[int]]:
+    def exchange(self, random: Random, length: int, phase: Phase) -> tuple[list[int], list[int]]:
         """A conversation up to its first reply, padded to `length`; no shorter shape would do."""
         least = max((shape[0] for shape in EXCHANGES if shape[0] < length), default=0)
         while True:
             ids: list[int] = []
             labels: list[int] = []
             decided = DECIDED
-            for message in self.conversations.conversation(random, personal=0.7, styled=0.3):
+            for message in self.conversations.conversation(
+                random, personal=phase.personal, styled=0.3
+            ):
                 decided = DECIDED_LATER if message["role"] == "system" else decided
                 more, learned = self._encode(random, message, decided)
                 ids += more
