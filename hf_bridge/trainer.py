@@ -1,9 +1,9 @@
 """Beside step 14: the library's loop, and its differences from ours, an override for each.
 
-Left alone, it decays embeddings too, cuts batches by process and epoch rather than by number,
-keeps its sum of losses in float32, replaces a NaN loss by an average and lets a NaN gradient into
-the weights, forgets on resuming how long the early stopping has waited, deletes the last
-checkpoint in favour of the best, and writes in place: a full disk leaves half of a checkpoint,
+Left alone, it has no Muon, decays embeddings too, cuts batches by process and epoch rather than by
+number, keeps its sum of losses in float32, replaces a NaN loss by an average and lets a NaN
+gradient into the weights, forgets on resuming how long the early stopping has waited, deletes the
+last checkpoint in favour of the best, and writes in place: a full disk leaves half of a checkpoint,
 which it would then resume.
 
 Proof: tests/test_trainer.py.

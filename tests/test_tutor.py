@@ -288,7 +288,7 @@ def test_of_two_misheard_messages_the_one_that_told_it_is_quoted(
 
 def test_the_message_before_is_quoted_whole_and_nothing_else_where_all_is_understood() -> None:
     quotes = 0
-    for seed in range(1200):
+    for seed in range(2000):
         talk = [m for m in TALK.messages(Random(seed), turns=6) if m["role"] != "system"]
         said, replies = ([m["content"] for m in talk[i::2]] for i in (0, 1))
         assert quoted(replies[0]) is None
