@@ -132,13 +132,12 @@ def load_checkpoint(
         weights, moments = load_file(path / WEIGHTS), load_file(path / MOMENTS)
     except SafetensorError as error:
         raise ValueError(f"{path} is damaged ({error}): begin anew in another directory") from error
-    for name, p in model.named_parameters():
-        if not p.requires_grad:
-            continue
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    for name, p in trained.items():
         p.copy_(weights[name])
-        for key in ("step", "exp_avg", "exp_avg_sq", "mean"):
-            if f"{name}.{key}" in moments:  # a parameter that has had no gradient yet has none
-                optimizer.state[p][key] = moments[f"{name}.{key}"].to(p.device)
+    for what, moment in moments.items():  # none of a parameter that has had no gradient yet
+        name, _, key = what.rpartition(".")
+        optimizer.state[trained[name]][key] = moment.to(trained[name].device)
     return state
 
 

@@ -71,7 +71,7 @@ MISTAKES = {
     "a round less": (muon, "ROUNDS", 4),
     "another polynomial": (muon, "C", 2.0),
     "the gradient as it is": (muon, "orthogonalize", lambda matrix: matrix / matrix.norm()),
-    "AdamW": (muon.Muon, "step", torch.optim.AdamW.step),
+    "AdamW": (Muon, "step", torch.optim.AdamW.step),
 }
 
 

@@ -207,7 +207,7 @@ class Conversations:
         if wanted is not None and random.random() < ANSWERED:
             state.topic = None
             return self._answer(random, state, wanted)
-        weights = {
+        weights = {  # who speaks of himself first tells something, and asks for it then
             self._topic: 3.0 if not personal else 1.0,
             self._unknown: OUT_OF_SCOPE[state.language] * (5.0 if not personal else 1.3),
             self._small_talk: 0.3 if not personal else 0.4,
