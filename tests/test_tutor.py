@@ -33,12 +33,13 @@ from chatbot.tutor.corpus import (
 )
 from chatbot.tutor.embeddings import learn_embeddings
 from chatbot.tutor.grow import grow
-from chatbot.tutor.rows import DECIDED, DECIDED_LATER, EXCHANGES, Rows
+from chatbot.tutor.hardest import hardest, row_losses
+from chatbot.tutor.rows import AGAIN, DECIDED, DECIDED_LATER, EXCHANGES, Rows
 from chatbot.tutor.start import start_copying, start_embeddings
 from chatbot.tutor.wording import echo, reword
 from minigpt import GPT, GPTConfig, Tokenizer, quant
 from minigpt.batches import IGNORED
-from minigpt.train import TrainConfig
+from minigpt.train import TrainConfig, summed_loss
 
 # Whoever changes a held-out file changes what the tutor's scores mean: not by accident.
 HELD_OUT = {
@@ -635,6 +636,44 @@ def test_a_step_always_has_the_same_batch(trained: Tokenizer) -> None:
     assert len({len(row) for row in [*ids, *labels]}) == 1 and len(ids) == len(labels)
 
 
+def test_the_rows_that_are_learned_are_the_hardest_of_those_drawn() -> None:
+    config = GPTConfig(vocab_size=50, n_positions=16, n_embd=8, n_layer=1, n_head=2)
+    model = GPT(config, generator=torch.Generator().manual_seed(0)).double().eval()
+    generator = torch.Generator().manual_seed(1)
+    ids = torch.randint(50, (24, 16), generator=generator)
+    labels = torch.where(torch.rand(ids.shape, generator=generator) < 0.4, ids, IGNORED)
+    labels[5] = IGNORED  # has nothing to learn
+    both = {"input_ids": ids, "labels": labels}
+    with torch.no_grad():
+        losses = [
+            summed_loss(model, {"input_ids": ids[[i]], "labels": labels[[i]]}).item()
+            for i in range(len(ids))
+        ]
+    model.train()  # its dropout says nothing about a row
+    for at_a_time in (5, 6, 24):
+        measured = row_losses(model, both, at_a_time)
+        torch.testing.assert_close(measured, torch.tensor(losses), rtol=1e-6, atol=0)
+    best = sorted(sorted(range(24), key=lambda i: -losses[i])[:6])
+    kept = hardest(model, both, 6)
+    assert torch.equal(kept["input_ids"], ids[best])
+    assert torch.equal(kept["labels"], labels[best])
+    assert model.training
+
+
+def test_who_goes_on_draws_more_rows_than_he_learns(trained: Tokenizer) -> None:
+    source = Rows(TALK, trained, seed=0, steps=100, phases=AGAIN)
+    kinds = set()
+    for step in range(12):
+        ids, labels, kept = source.candidates(step)
+        alone = len(ids[0]) in {width for width, *_ in EXCHANGES}
+        assert len(labels) == len(ids) == kept * (4 if alone else 2)
+        assert source.batch(step) == (ids[:kept], labels[:kept])
+        kinds.add(alone)
+    assert kinds == {True, False}
+    ids, _, kept = Rows(TALK, trained, seed=0).candidates(0)  # nothing is known yet
+    assert len(ids) == kept
+
+
 # --- the training -------------------------------------------------------------------------------
 
 
@@ -647,10 +686,10 @@ def test_a_tutor_that_broke_off_ends_as_if_it_had_not(
     monkeypatch.setattr(training, "TrainConfig", often)
     batch = training.batch
 
-    def breaking_off(source: Rows, step: int) -> dict[str, torch.Tensor]:
-        if step == 2 and source.seed == 0:
+    def breaking_off(model: GPT, source: Rows, step: int) -> dict[str, torch.Tensor]:
+        if step == 2:
             raise OSError("the power is gone")
-        return batch(source, step)
+        return batch(model, source, step)
 
     def weights(name: str) -> bytes:
         runs, output = tmp_path / f"{name}_runs", tmp_path / name

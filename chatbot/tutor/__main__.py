@@ -13,11 +13,11 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
 from chatbot.tutor import corpus
 from chatbot.tutor.embeddings import learn_embeddings
 from chatbot.tutor.grow import grow
+from chatbot.tutor.hardest import hardest
 from chatbot.tutor.rows import AGAIN, PHASES, STEPS, STEPS_AGAIN, Rows
 from chatbot.tutor.start import head_size, start_copying, start_embeddings
 from minigpt import GPT, GPTConfig, Tokenizer
@@ -25,7 +25,7 @@ from minigpt.files import write_json
 from minigpt.quant_linear import Quantized
 from minigpt.runs import find_checkpoint
 from minigpt.tokenizer import train as train_tokenizer
-from minigpt.train import Record, TrainConfig, count_tokens, summed_loss, train
+from minigpt.train import Batch, Record, TrainConfig, count_tokens, summed_loss, train
 
 FOLDER = Path(__file__).parent
 VOCAB_SIZE = 4096
@@ -81,7 +81,7 @@ def make(options: argparse.Namespace) -> None:
         print(f"going on from {broken_off} (delete {options.runs} to begin anew)", flush=True)
     history = train(
         model,
-        lambda step: batch(rows, step),
+        lambda step: batch(model, rows, step),
         config,
         output_dir=options.runs,
         resume_from_checkpoint=broken_off is not None,
@@ -118,7 +118,7 @@ def training_config(options: argparse.Namespace) -> TrainConfig:
     return TrainConfig(
         max_steps=options.steps,
         optim="adamw" if options.start is None else "muon",
-        learning_rate=2e-3 if options.start is None else 4e-4,  # more undoes what is learned
+        learning_rate=2e-3 if options.start is None else 6e-4,  # more undoes what is learned
         min_lr_rate=0.01,
         warmup_steps=min(200, options.steps // 10),
         weight_decay=0.1,
@@ -183,9 +183,13 @@ def read_tutor(name: str, layers: int | None) -> tuple[GPT, Tokenizer]:
     return model if layers is None else grow(model, layers), tokenizer
 
 
-def batch(rows: Rows, step: int) -> dict[str, Tensor]:
-    """A step's rows as tensors: input_ids and labels, (B, T)."""
-    ids, labels = rows.batch(step)
+def batch(model: GPT, rows: Rows, step: int) -> Batch:
+    """What a step learns, input_ids and labels, (B, T): the rows drawn for it, or the hardest."""
+    ids, labels, kept = rows.candidates(step)
+    return hardest(model, tensors(ids, labels), kept)
+
+
+def tensors(ids: list[list[int]], labels: list[list[int]]) -> Batch:
     return {"input_ids": torch.tensor(ids), "labels": torch.tensor(labels)}
 
 
@@ -193,7 +197,8 @@ def evaluate(model: GPT, rows: Rows) -> Record:
     """Perplexity of the replies in 8 batches of other conversations (made of the same wordings)."""
     losses, tokens = 0.0, 0
     for step in range(rows.steps, rows.steps + 8):  # as at the end of the training
-        part = {name: tensor.to(model.device) for name, tensor in batch(rows, step).items()}
+        part = tensors(*rows.batch(step))
+        part = {name: tensor.to(model.device) for name, tensor in part.items()}
         losses += summed_loss(model, part).item()
         tokens += count_tokens(part)
     return {"loss": losses / tokens, "perplexity": math.exp(losses / tokens)}

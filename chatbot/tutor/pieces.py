@@ -3,6 +3,7 @@
 A word that is known by one spelling alone is not known with a typo in it (Provilkova et al. 2020).
 """
 
+from functools import lru_cache
 from itertools import pairwise
 from random import Random
 
@@ -17,13 +18,14 @@ class Pieces:
 
     def __init__(self, tokenizer: Tokenizer):
         self.tokenizer = tokenizer
+        self._whole = lru_cache(maxsize=100_000)(tokenizer.encode)  # of a word
         self._rank = {pair: rank for rank, pair in enumerate(tokenizer.merges)}
 
     def encode(self, random: Random, text: str) -> list[int]:
         """Token ids that decode to the text."""
         ids = []
         for word in WORD.findall(text):
-            ids += self._cut(random, word) if random.random() < CUT else self.tokenizer.encode(word)
+            ids += self._cut(random, word) if random.random() < CUT else self._whole(word)
         return ids
 
     def _cut(self, random: Random, word: str) -> list[int]:

@@ -18,7 +18,7 @@ from minigpt import Tokenizer
 from minigpt.batches import IGNORED
 
 STEPS = 9600  # of the whole training, of about 4,096 tokens each
-STEPS_AGAIN = 6000  # of one that goes on from a tutor
+STEPS_AGAIN = 3000  # of one that goes on from a tutor, each of rows that are drawn from many
 LONG = 28  # tokens; a longer reply may be broken off: hardly any that says a fact again is longer
 DECIDED = 8  # tokens, after which only one reply is left to a question alone
 DECIDED_LATER = 16  # the same in a conversation, and after a style's first words
@@ -44,6 +44,8 @@ class Phase:
     broken_off: float
     personal: float
     styled: float
+    of_exchanges: int = 1
+    of_rows: int = 1
 
 
 # First to tell topics apart, the hardest thing: a question alone, and the first words of its reply.
@@ -94,9 +96,11 @@ AGAIN = (
         end=0.4,
         single=0.75,
         shapes=((64, 64, 0.40), (128, 32, 0.45), (256, 16, 0.15)),
-        broken_off=0.85,
+        broken_off=0.7,
         personal=0.8,
         styled=0.4,
+        of_exchanges=4,
+        of_rows=2,
     ),
     Phase(
         end=0.8,
@@ -105,6 +109,8 @@ AGAIN = (
         broken_off=0.3,
         personal=0.65,
         styled=0.5,
+        of_exchanges=4,
+        of_rows=2,
     ),
     Phase(
         end=math.inf,
@@ -113,6 +119,8 @@ AGAIN = (
         broken_off=0.15,
         personal=0.5,
         styled=0.55,
+        of_exchanges=4,
+        of_rows=2,
     ),
 )
 
@@ -139,6 +147,11 @@ class Rows:
 
     def batch(self, step: int) -> tuple[list[list[int]], list[list[int]]]:
         """Rows of ids and of labels, -100 where nothing is to be learned."""
+        ids, labels, rows = self.candidates(step)
+        return ids[:rows], labels[:rows]
+
+    def candidates(self, step: int) -> tuple[list[list[int]], list[list[int]], int]:
+        """As many rows as the step draws, ids and labels, and how many of them it learns."""
         random = Random(f"{self.seed} {step}")
         phase = next(phase for phase in self.phases if step < phase.end * self.steps)
         single = random.random() < phase.single
@@ -146,9 +159,9 @@ class Rows:
         length, rows, _ = random.choices(shapes, [share for *_, share in shapes])[0]
         pairs = [
             self.exchange(random, length, phase) if single else self.row(random, length, phase)
-            for _ in range(rows)
+            for _ in range(rows * (phase.of_exchanges if single else phase.of_rows))
         ]
-        return [ids for ids, _ in pairs], [labels for _, labels in pairs]
+        return [ids for ids, _ in pairs], [labels for _, labels in pairs], rows
 
     def row(self, random: Random, length: int, phase: Phase) -> tuple[list[int], list[int]]:
         """The first `length` tokens of a conversation; only right replies are learned."""
