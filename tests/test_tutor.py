@@ -678,8 +678,9 @@ def test_who_goes_on_draws_more_rows_than_he_learns(trained: Tokenizer) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("start", ["", f"--start {TUTOR}"], ids=["from nothing", "going on"])
 def test_a_tutor_that_broke_off_ends_as_if_it_had_not(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], start: str
 ) -> None:
     """Three steps of `make tutor`, and the same with a checkpoint after two of them."""
     often = lambda **given: TrainConfig(**{**given, "save_steps": 2})  # noqa: E731
@@ -693,7 +694,7 @@ def test_a_tutor_that_broke_off_ends_as_if_it_had_not(
 
     def weights(name: str) -> bytes:
         runs, output = tmp_path / f"{name}_runs", tmp_path / name
-        flags = f"--steps 3 --device cpu --runs {runs} --output {output}"
+        flags = f"{start} --steps 3 --device cpu --runs {runs} --output {output}"
         assert training.main(flags.split()) == 0
         assert not list(runs.glob("checkpoint-*"))  # the next run is a new one
         return (output / "model.safetensors").read_bytes()
