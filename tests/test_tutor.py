@@ -462,7 +462,7 @@ def rows(tokenizer: Tokenizer) -> list[tuple[list[int], list[int]]]:
     batches = [
         source.batch(step) for step in (0, 1, 2, 3, 2500, 5000, 5001, 6000, 9000, 9001, 9002, 9003)
     ]
-    return [pair for ids, labels in batches for pair in list(zip(ids, labels, strict=True))[:16]]
+    return [pair for ids, labels in batches for pair in list(zip(ids, labels, strict=True))[:24]]
 
 
 def messages_of(tokenizer: Tokenizer, ids: list[int]) -> list[tuple[str, list[int]]]:

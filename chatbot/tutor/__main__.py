@@ -190,6 +190,7 @@ def batch(model: GPT, rows: Rows, step: int) -> Batch:
 
 
 def tensors(ids: list[list[int]], labels: list[list[int]]) -> Batch:
+    """Rows as a batch: input_ids and labels, (B, T)."""
     return {"input_ids": torch.tensor(ids), "labels": torch.tensor(labels)}
 
 
