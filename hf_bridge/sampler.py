@@ -92,7 +92,8 @@ class _Finite(LogitsProcessor):
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         if not scores.amax(-1).isfinite().all():
             raise FloatingPointError(
-                "the model's scores are not finite: its weights hold NaN or infinity, "
-                "or their dtype overflows: load it in float32"
+                "the scores are not finite: the model's weights hold NaN or infinity, "
+                "their dtype overflows (load it in float32), "
+                "or the temperature is too near 0 (0 takes the most likely word)"
             )
         return scores

@@ -125,8 +125,9 @@ class Sampler:
         scores = self.process(logits, seen)
         if not scores.amax(-1).isfinite().all():  # argmax would give token 0 for NaN, for ever
             raise FloatingPointError(
-                "the model's scores are not finite: its weights hold NaN or infinity, "
-                "or their dtype overflows: load it in float32"
+                "the scores are not finite: the model's weights hold NaN or infinity, "
+                "their dtype overflows (load it in float32), "
+                "or the temperature is too near 0 (0 takes the most likely word)"
             )
         if self.temperature == 0:
             return scores.argmax(-1)

@@ -106,11 +106,17 @@ def test_scores_that_are_no_numbers_choose_no_word(pair, side, temperature: floa
     sampler = side.sampler.Sampler(temperature=temperature, top_k=5, top_p=0.9, min_p=0.1)
     for bad in (math.nan, math.inf):
         scores = logits("random").index_fill(1, torch.tensor([3]), bad)
-        with pytest.raises(FloatingPointError, match="scores are not finite: its weights hold NaN"):
+        with pytest.raises(FloatingPointError, match="not finite: the model's weights hold NaN"):
             sampler.sample(scores)
     some = torch.tensor([[-math.inf, 1.0]])  # a word that is ruled out is none of it
     assert sampler.sample(some).tolist() == [1]
     model = side.GPT.from_pretrained(pair.folder)
     next(p for name, p in model.named_parameters() if "ln_f" in name).data.fill_(math.nan)
-    with pytest.raises(FloatingPointError, match="or their dtype overflows: load it in float32"):
+    with pytest.raises(FloatingPointError, match=r"dtype overflows \(load it in float32\)"):
         next(side.stream(model, pair.ids(T=4), max_new_tokens=2, temperature=temperature))
+
+
+@pytest.mark.parametrize("side", [minigpt, hf_bridge], ids=["minigpt", "hf_bridge"])
+def test_a_temperature_that_overflows_is_told(side) -> None:
+    with pytest.raises(FloatingPointError, match=r"too near 0 \(0 takes the most likely word\)"):
+        side.sampler.Sampler(temperature=1e-38).sample(logits("random"))
