@@ -38,11 +38,11 @@ CHAT_TEMPLATE = (
 SPECIAL_TOKENS = ("<|endoftext|>", "<|system|>", "<|user|>", "<|assistant|>")
 FOLLOW_UPS = ("why", "example", "short")
 PLAIN = 4  # words of a short wording
-OUT_OF_SCOPE = {"es": 1.1, "en": 2.6}  # its weight: in English more is taken for a topic
+OUT_OF_SCOPE = {"es": 1.1, "en": 3.0}  # its weight: in English more is taken for a topic
 ASIDE = 0.06  # of the messages have a remark beside them
 ASIDE_TOLD = 0.3  # of those that tell a fact
 ECHO = 0.25  # of the questions about the user hold words of what they ask for
-COMMON = 0.4  # of what is told or asked about the user is said as most people say it
+COMMON = 0.3  # of what is told or asked about the user is said as most people say it
 TWO = 0.2  # of the messages that tell something tell two facts
 JOINS = {"es": (" y ", " y ", ", ", ". "), "en": (" and ", " and ", ", ", ". ")}
 ANSWERED = 0.4  # of the tutor's own questions ("What is your name?") are answered next
@@ -208,13 +208,13 @@ class Conversations:
             state.topic = None
             return self._answer(random, state, wanted)
         weights = {  # who speaks of himself first tells something, and asks for it then
-            self._topic: 3.0 if not personal else 1.0,
+            self._topic: 3.0 if not personal else 1.2,
             self._unknown: OUT_OF_SCOPE[state.language] * (5.0 if not personal else 1.3),
             self._small_talk: 0.3 if not personal else 0.4,
             self._repeat: 0.15 if not personal else 0.5,
             self._tell: 0.7 if not personal else (2.5 if state.facts else 6.0),
-            self._ask: 0.3 if not personal else (4.0 if state.facts else 0.6),
-            self._follow_up: 0.03 if not state.topic else (6.0 if not personal else 2.5),
+            self._ask: 0.3 if not personal else (4.0 if state.facts else 2.0),
+            self._follow_up: 0.03 if not state.topic else (7.0 if not personal else 5.0),
         }
         kind = random.choices(list(weights), list(weights.values()))[0]
         if kind not in (self._topic, self._follow_up):
