@@ -711,6 +711,40 @@ def test_a_tutor_that_broke_off_ends_as_if_it_had_not(
     assert open_engine("minigpt", tmp_path / "broken").render([{"role": "user", "content": "Hola"}])
 
 
+@pytest.mark.parametrize(
+    ("flags", "grown", "message"),
+    [
+        (["--seed", "1"], False, "seed is 0 there, 1 here"),
+        (["--steps", "4"], False, "steps is 3 there, 4 here"),
+        (["--layers", "6"], False, "layers is None there, 6 here"),
+        (["--start", str(TUTOR)], False, "start is None there"),
+        ([], True, "bytes of dialogues is"),
+    ],
+)
+def test_a_run_that_broke_off_goes_on_only_as_it_began(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    flags: list[str],
+    grown: bool,
+    message: str,
+) -> None:
+    """Or the weights would come from one run, and what the card says of them from another."""
+    before = ["--steps", "3", "--runs", str(tmp_path), "--output", str(tmp_path / "out")]
+    options = training.parser().parse_args(before)
+    assert training.begun(options) is None
+    (tmp_path / "options.json").write_text(json.dumps(training.asked(options)), "utf-8")
+    (tmp_path / "checkpoint-2").mkdir()
+    assert training.begun(options) == tmp_path / "checkpoint-2"
+    if grown:
+        monkeypatch.setattr(training.corpus, "FOLDER", tmp_path)
+    assert training.main([*before, *flags]) == 2
+    out, err = capsys.readouterr()
+    assert (out, err.count("\n")) == ("", 1)
+    assert f"{tmp_path / 'options.json'} is of another run: {message}" in err
+    assert (tmp_path / "checkpoint-2").is_dir()  # nothing is lost
+
+
 @pytest.mark.slow
 def test_a_training_goes_on_from_a_tutor(tmp_path: Path) -> None:
     layers = json.loads((TUTOR / "config.json").read_text())["n_layer"]
@@ -733,6 +767,7 @@ def test_a_training_goes_on_from_a_tutor(tmp_path: Path) -> None:
     [("--steps 0", "max_steps must be at least 1"), ("--seed -1", "seed must be")]
     + [("--start no/such/tutor", "no/such/tutor"), ("--layers 1", "must be at least 2")]
     + [("--output pyproject.toml", "is a file: give a directory")]
+    + [("--runs pyproject.toml", "is a file: give a directory"), (f"--runs {TUTOR}", "a model")]
     + [(f"--start {TUTOR} --layers 99", "layers can have"), ("--layers 0", "at least 2")]
     + [("--device cuda", "torch finds no such GPU here, use cpu")]
     * (not torch.cuda.is_available()),

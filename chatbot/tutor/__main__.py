@@ -22,8 +22,9 @@ from chatbot.tutor.rows import AGAIN, PHASES, STEPS, STEPS_AGAIN, Rows
 from chatbot.tutor.start import head_size, start_copying, start_embeddings
 from minigpt import GPT, GPTConfig, Tokenizer
 from minigpt.files import write_json
+from minigpt.options import OPTIONS
 from minigpt.quant_linear import Quantized
-from minigpt.runs import find_checkpoint
+from minigpt.runs import check_folder, compare, find_checkpoint, read_settings
 from minigpt.tokenizer import train as train_tokenizer
 from minigpt.train import Batch, Record, TrainConfig, count_tokens, summed_loss, train
 
@@ -62,8 +63,8 @@ def make(options: argparse.Namespace) -> None:
     if options.output.is_file():
         raise ValueError(f"--output {options.output} is a file: give a directory")
     config = training_config(options)
+    broken_off = begun(options)
     dialogues = corpus.read()
-    broken_off = find_checkpoint(options.runs)
     if again:
         model, tokenizer = read_tutor(options.start, options.layers)
     else:
@@ -77,7 +78,10 @@ def make(options: argparse.Namespace) -> None:
         Rows(conversations, tokenizer, seed=seed, steps=options.steps, phases=phases)
         for seed in (options.seed, options.seed + 1)
     )
-    if broken_off is not None:
+    if broken_off is None:
+        options.runs.mkdir(parents=True, exist_ok=True)
+        write_json(options.runs / OPTIONS, asked(options))
+    else:
         print(f"going on from {broken_off} (delete {options.runs} to begin anew)", flush=True)
     history = train(
         model,
@@ -111,6 +115,29 @@ def parser() -> argparse.ArgumentParser:
     flags.add_argument("--runs", type=Path, default=Path("runs/tutor"), help="log and best model")
     flags.add_argument("--debug", action="store_true", help="show the traceback of an error")
     return flags
+
+
+def begun(options: argparse.Namespace) -> Path | None:
+    """The checkpoint to go on from, or None for a new run.
+
+    Raises ValueError if --runs cannot be written to, or holds a run with other flags or dialogues.
+    """
+    broken_off = check_folder(options.runs, find_checkpoint(options.runs) is not None)
+    if broken_off is not None:
+        path = options.runs / OPTIONS
+        compare(path, read_settings(path, broken_off), asked(options))
+    return broken_off
+
+
+def asked(options: argparse.Namespace) -> Record:
+    """All that decides what a run does; who goes on with it must ask for the same."""
+    size = sum(file.stat().st_size for file in corpus.FOLDER.rglob("*.txt"))
+    return {**given(options), "bytes of dialogues": size}
+
+
+def given(options: argparse.Namespace) -> Record:
+    """The flags that decide what the weights become."""
+    return {name: getattr(options, name) for name in ("start", "layers", "steps", "seed")}
 
 
 def training_config(options: argparse.Namespace) -> TrainConfig:
@@ -221,8 +248,7 @@ def tell_card(card: Path, options: argparse.Namespace, model: GPT) -> None:
     """
     if not card.is_file():
         return
-    given = {name: getattr(options, name) for name in ("start", "layers", "steps", "seed")}
-    flags = [f"--{name}={value}" for name, value in given.items() if value is not None]
+    flags = [f"--{name}={value}" for name, value in given(options).items() if value is not None]
     command = f"`python -m chatbot.tutor {shlex.join(flags)}`"
     text = card.read_text("utf-8")
     before, mark, rest = text.partition("<!-- weights -->\n")
