@@ -63,7 +63,8 @@ def compare(path: Path, there: Mapping[str, Any], here: Mapping[str, Any]) -> No
     ]
     if wrong:
         more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
-        raise ValueError(f"{path} is of another run: {', '.join(wrong[:3])}{more}")
+        differ = f"{', '.join(wrong[:3])}{more}"
+        raise ValueError(f"{path} is of another run: {differ}; give the same, or another directory")
 
 
 def check_whole(checkpoint: Path) -> None:

@@ -144,7 +144,9 @@ def test_a_run_goes_on_only_as_it_began(flags, message, trained, text, capsys):
     before = contents(trained)
     again = ["--output", trained, *SMALL, "--resume-from-checkpoint"]
     assert run("train", "--data", text, *again, *flags) == 2
-    assert capsys.readouterr().err.endswith(f"options.json is of another run: {message}\n")
+    err = capsys.readouterr().err
+    to_do = "give the same, or another directory"
+    assert err.endswith(f"options.json is of another run: {message}; {to_do}\n")
     assert contents(trained) == before
 
 

@@ -467,7 +467,7 @@ def finished(tmp_path) -> Path:
 )
 def test_a_checkpoint_of_another_run_is_refused(finished, model, provider, changes, message):
     config = TrainConfig(**{"max_steps": 2, "save_steps": 2, **changes})
-    with pytest.raises(ValueError, match=r"checkpoint-2 is of another run: .*" + message):
+    with pytest.raises(ValueError, match=f"checkpoint-2 is of another run: .*{message}.*; give"):
         train(
             new_model(**model),
             provider,

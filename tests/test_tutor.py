@@ -742,6 +742,7 @@ def test_a_run_that_broke_off_goes_on_only_as_it_began(
     out, err = capsys.readouterr()
     assert (out, err.count("\n")) == ("", 1)
     assert f"{tmp_path / 'options.json'} is of another run: {message}" in err
+    assert err.endswith("; give the same, or another directory\n")
     assert (tmp_path / "checkpoint-2").is_dir()  # nothing is lost
 
 
