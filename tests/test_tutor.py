@@ -34,7 +34,15 @@ from chatbot.tutor.corpus import (
 from chatbot.tutor.embeddings import learn_embeddings
 from chatbot.tutor.grow import grow
 from chatbot.tutor.hardest import hardest, row_losses
-from chatbot.tutor.rows import AGAIN, DECIDED, DECIDED_LATER, EXCHANGES, Rows
+from chatbot.tutor.rows import (
+    AGAIN,
+    DECIDED,
+    DECIDED_LATER,
+    EXCHANGES,
+    PHASES,
+    Phase,
+    Rows,
+)
 from chatbot.tutor.start import start_copying, start_embeddings
 from chatbot.tutor.wording import echo, reword
 from minigpt import GPT, GPTConfig, Tokenizer, quant
@@ -658,6 +666,22 @@ def test_the_rows_that_are_learned_are_the_hardest_of_those_drawn() -> None:
     assert torch.equal(kept["input_ids"], ids[best])
     assert torch.equal(kept["labels"], labels[best])
     assert model.training
+
+
+def test_who_knows_nothing_yet_is_asked_about_topics_most_of_all(trained: Tokenizer) -> None:
+    pairs = product(DATA.topics.values(), LANGUAGES)
+    answers = [topic[f"{language} answer"][0] for topic, language in pairs]
+    beginnings = {tuple(trained.encode(answer)[:4]) for answer in answers}
+
+    def share(phase: Phase) -> float:
+        source, random = Rows(TALK, trained, seed=0), Random(0)
+        replies = [
+            [label for label in source.exchange(random, 48, phase)[1] if label != IGNORED]
+            for _ in range(300)
+        ]
+        return sum(tuple(reply[:4]) in beginnings for reply in replies) / len(replies)
+
+    assert share(PHASES[0]) > 0.45 > 2 * share(replace(PHASES[0], topics=1.0))
 
 
 def test_who_goes_on_draws_more_rows_than_he_learns(trained: Tokenizer) -> None:

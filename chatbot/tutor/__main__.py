@@ -1,7 +1,7 @@
 """`make tutor`: learn the tokenizer and the model from the dialogues, and write both.
 
-The same seed and steps give the same model on the same machine. Two cores need an hour and a half;
-a run that broke off goes on where it was when it is called again.
+The same seed and steps give the same model on the same machine. Two cores need a bit more than an
+hour; a run that broke off goes on where it was when it is called again.
 """
 
 import argparse
@@ -144,8 +144,8 @@ def training_config(options: argparse.Namespace) -> TrainConfig:
     """How the loop trains; ValueError for steps or a seed that cannot be."""
     return TrainConfig(
         max_steps=options.steps,
-        optim="adamw" if options.start is None else "muon",
-        learning_rate=2e-3 if options.start is None else 6e-4,  # more undoes what is learned
+        optim="muon",
+        learning_rate=3e-3 if options.start is None else 6e-4,  # more undoes what is learned
         min_lr_rate=0.01,
         warmup_steps=min(200, options.steps // 10),
         weight_decay=0.1,

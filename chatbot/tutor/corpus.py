@@ -171,15 +171,17 @@ class Conversations:
         *,
         personal: float = 0.35,
         styled: float = 0.3,
+        topics: float = 1.0,
         misheard: float = 0.0,
     ) -> Iterator[Message]:
         """The messages of one conversation, which never ends.
 
         Parts of all conversations are `personal`, about the user more than about topics, and
-        `styled` by a system prompt. A part of what the user tells is `misheard`: the reply is
+        `styled` by a system prompt; a topic is asked about so many times as often as it is by who
+        knows the tutor. A part of what the user tells is `misheard`: the reply is
         wrong, and not to be learned, but who is asked later should say what the user said.
         """
-        state = _State(language=random.choices(LANGUAGES, SHARES)[0])
+        state = _State(language=random.choices(LANGUAGES, SHARES)[0], topics=topics)
         style = self._style(random) if random.random() >= 1 - styled else None
         if style is not None:
             prompts = self.dialogues.styles[style][f"{state.language} system"]
@@ -208,7 +210,7 @@ class Conversations:
             state.topic = None
             return self._answer(random, state, wanted)
         weights = {  # who speaks of himself first tells something, and asks for it then
-            self._topic: 3.0 if not personal else 1.2,
+            self._topic: state.topics * (3.0 if not personal else 1.2),
             self._unknown: OUT_OF_SCOPE[state.language] * (5.0 if not personal else 1.3),
             self._small_talk: 0.3 if not personal else 0.4,
             self._repeat: 0.15 if not personal else 0.5,
@@ -442,6 +444,7 @@ class Conversations:
 class _State:
     language: str
     topic: str | None = None
+    topics: float = 1.0  # so many times as often they are asked about
     told: tuple[str, ...] = ()  # the facts that the last message told
     wanted: str | None = None  # the fact that the tutor has just asked for
     facts: dict[str, str] = field(default_factory=dict)

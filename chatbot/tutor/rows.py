@@ -17,8 +17,8 @@ from chatbot.tutor.pieces import Pieces
 from minigpt import Tokenizer
 from minigpt.batches import IGNORED
 
-STEPS = 9600  # of the whole training, of about 4,096 tokens each
-STEPS_AGAIN = 3000  # of one that goes on from a tutor, each of rows that are drawn from many
+STEPS = 4800  # of the whole training, of about 4,096 tokens each
+STEPS_AGAIN = 3000  # of one that goes on from a tutor
 LONG = 28  # tokens; a longer reply may be broken off: hardly any that says a fact again is longer
 DECIDED = 8  # tokens, after which only one reply is left to a question alone
 DECIDED_LATER = 16  # the same in a conversation, and after a style's first words
@@ -34,8 +34,8 @@ class Phase:
     """A part of the training, up to `end` of its steps: what its rows are, and about what.
 
     A part of the steps has rows of a `single` exchange each; the others, of conversations in these
-    `shapes`, of which a part is `broken_off`. The last two fields are those of
-    Conversations.conversation.
+    `shapes`, of which a part is `broken_off`. `personal`, `styled` and `topics` are those of
+    Conversations.conversation. Rows are drawn `of_exchanges` or `of_rows` times, for the hardest.
     """
 
     end: float
@@ -44,6 +44,7 @@ class Phase:
     broken_off: float
     personal: float
     styled: float
+    topics: float = 1.0
     of_exchanges: int = 1
     of_rows: int = 1
 
@@ -51,42 +52,50 @@ class Phase:
 # First to tell topics apart, the hardest thing: a question alone, and the first words of its reply.
 # Among other questions it takes the model many times as long to learn the same. Beside it short
 # conversations, since copying a name is learned while the rate is high or hardly at all. Then to
-# find the question in a conversation; then whole replies, at all positions, in the end more of them
-# about the user.
+# find the question in a conversation; then whole replies, at all positions, and of many rows the
+# hardest: before most rows are easy, that costs more than it brings.
 FIRST = Phase(
-    end=0.21,
+    end=0.15,
     single=0.65,
     shapes=((64, 64, 1.0),),
     broken_off=1.0,
-    personal=0.7,
+    personal=0.5,
     styled=0.1,
+    topics=10.0,
 )
 PHASES = (
     FIRST,
-    replace(FIRST, end=0.45, single=0.85),
+    replace(FIRST, end=0.4, single=0.85),
     Phase(
         end=0.55,
-        single=0.25,
+        single=0.35,
         shapes=((64, 64, 0.40), (128, 32, 0.40), (256, 16, 0.20)),
         broken_off=0.9,
-        personal=0.5,
+        personal=0.45,
         styled=0.4,
+        topics=5.0,
     ),
     Phase(
         end=0.8,
-        single=0.2,
+        single=0.35,
         shapes=((64, 64, 0.20), (128, 32, 0.35), (256, 16, 0.35), (512, 8, 0.10)),
         broken_off=0.3,
-        personal=0.5,
-        styled=0.4,
+        personal=0.45,
+        styled=0.5,
+        topics=4.0,
+        of_exchanges=4,
+        of_rows=2,
     ),
     Phase(
         end=math.inf,
-        single=0.25,
-        shapes=((64, 64, 0.35), (128, 32, 0.40), (256, 16, 0.20), (512, 8, 0.05)),
-        broken_off=0.3,
-        personal=0.6,
-        styled=0.4,
+        single=0.3,
+        shapes=((64, 64, 0.15), (128, 32, 0.50), (256, 16, 0.30), (512, 8, 0.05)),
+        broken_off=0.2,
+        personal=0.5,
+        styled=0.5,
+        topics=3.0,
+        of_exchanges=4,
+        of_rows=2,
     ),
 )
 # A model that can talk goes on from here: first mostly questions alone, of which a step holds the
@@ -167,7 +176,11 @@ class Rows:
         """The first `length` tokens of a conversation; only right replies are learned."""
         decided = DECIDED_LATER if random.random() < phase.broken_off else None
         messages = self.conversations.conversation(
-            random, personal=phase.personal, styled=phase.styled, misheard=MISHEARD
+            random,
+            personal=phase.personal,
+            styled=phase.styled,
+            topics=phase.topics,
+            misheard=MISHEARD,
         )
         ids: list[int] = []
         labels: list[int] = []
@@ -185,7 +198,7 @@ class Rows:
             labels: list[int] = []
             decided = DECIDED
             for message in self.conversations.conversation(
-                random, personal=phase.personal, styled=0.3
+                random, personal=phase.personal, styled=0.3, topics=phase.topics
             ):
                 decided = DECIDED_LATER if message["role"] == "system" else decided
                 more, learned = self._encode(random, message, decided)
