@@ -177,9 +177,9 @@ class Conversations:
         """The messages of one conversation, which never ends.
 
         Parts of all conversations are `personal`, about the user more than about topics, and
-        `styled` by a system prompt; a topic is asked about so many times as often as it is by who
-        knows the tutor. A part of what the user tells is `misheard`: the reply is
-        wrong, and not to be learned, but who is asked later should say what the user said.
+        `styled` by a system prompt. Topics are asked about `topics` times as often as a tutor needs
+        that knows them. A part of what the user tells is `misheard`: the reply is wrong, and not to
+        be learned, but who is asked later should say what the user said.
         """
         state = _State(language=random.choices(LANGUAGES, SHARES)[0], topics=topics)
         style = self._style(random) if random.random() >= 1 - styled else None
@@ -444,7 +444,7 @@ class Conversations:
 class _State:
     language: str
     topic: str | None = None
-    topics: float = 1.0  # so many times as often they are asked about
+    topics: float = 1.0  # how many times as often they are asked about
     told: tuple[str, ...] = ()  # the facts that the last message told
     wanted: str | None = None  # the fact that the tutor has just asked for
     facts: dict[str, str] = field(default_factory=dict)

@@ -35,7 +35,8 @@ class Phase:
 
     A part of the steps has rows of a `single` exchange each; the others, of conversations in these
     `shapes`, of which a part is `broken_off`. `personal`, `styled` and `topics` are those of
-    Conversations.conversation. Rows are drawn `of_exchanges` or `of_rows` times, for the hardest.
+    Conversations.conversation. `of_exchanges` times the exchanges are drawn that a step learns, and
+    `of_rows` times the rows of conversations: it learns the hardest.
     """
 
     end: float
